@@ -1,0 +1,337 @@
+"""
+The transformer: Llama (3.x, SmolLM2), Qwen2/2.5 and Qwen3, by hand, in one file.
+
+    from model import Transformer
+    model = Transformer.from_pretrained("path/to/a/hugging/face/folder")
+    logits = model(ids, positions, mask)                        # (B, T, V)
+
+The model knows nothing about multi-token prediction. It takes *any* positions and *any* boolean attention mask; all of
+the method lives in who calls it: train.py lays out masks for training, sample.py for decoding. Modules carry the names
+of the checkpoint (`model.layers.0.self_attn.q_proj`), so that loading is a strict `load_state_dict` and a saved model
+opens in transformers unchanged.
+
+Shapes: B batch, T fed tokens, S keys (T without a cache), C hidden size, H query heads, G key/value heads, D head size,
+V vocabulary.
+"""
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from pretrained import InputError, read_json, read_weights, write_json
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+@dataclass
+class Config:
+    """The part of config.json that decides what is computed. `raw` keeps the whole file, to be written back."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int    # context length, tokens
+    rope: dict                      # rope_type, rope_theta and, for llama3, its four scaling parameters
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    raw: dict
+
+    @classmethod
+    def from_dict(cls, raw):
+        """Read a parsed config.json as transformers 4 or 5 write it. Raises InputError for what we cannot compute."""
+        family = raw.get("model_type")
+        if family not in ("llama", "qwen2", "qwen3"):
+            raise InputError(f"unsupported architecture {family!r} (supported: llama, qwen2, qwen3)")
+        if raw.get("hidden_act", "silu") != "silu" or raw.get("use_sliding_window", False):
+            raise InputError("config.json asks for sliding windows or an activation other than silu: unsupported")
+        # version 5 keeps everything in `rope_parameters`; version 4 has a top-level theta and an optional `rope_scaling`
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+        rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+        if rope["rope_type"] not in ("default", "llama3"):
+            raise InputError(f"unsupported rope type {rope['rope_type']!r} (supported: default, llama3)")
+        try:
+            if rope["rope_type"] == "llama3":
+                [rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")]
+            heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+            bias = bool(raw.get("attention_bias", False))
+            return cls(
+                vocab_size=raw["vocab_size"], hidden_size=hidden, intermediate_size=raw["intermediate_size"],
+                num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
+                num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                head_dim=raw.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
+                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+                max_position_embeddings=raw.get("max_position_embeddings", 2048),
+                rope=rope, tie_word_embeddings=raw.get("tie_word_embeddings", False),
+                qkv_bias=bias or family == "qwen2", o_bias=bias and family != "qwen2",
+                mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)), qk_norm=family == "qwen3", raw=raw)
+        except KeyError as error:
+            raise InputError(f"config.json lacks {error}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rotary position embedding, the half-split form: dimension d turns together with dimension d + D/2
+
+def rope_frequencies(config):
+    """Angle per position of each pair of dimensions: (D/2,) fp32.
+
+    "llama3" scaling (Llama 3.1 and later) divides the slow frequencies by `factor`, keeps the fast ones, and blends
+    in between, so that a model trained on 8k tokens reads far longer texts.
+    """
+    rope = config.rope
+    frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
+    if rope["rope_type"] == "llama3":
+        factor, length = rope["factor"], rope["original_max_position_embeddings"]
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = length * frequency / (2 * math.pi)              # full turns within the original context
+        blend = ((turns - low) / (high - low)).clamp(0, 1)      # 0: slow, divide; 1: fast, keep
+        frequency = (1 - blend) * frequency / factor + blend * frequency
+    return frequency
+
+
+def apply_rope(x, cos, sin):
+    """Rotate `x` (B, heads, T, D) by the angles in `cos` and `sin` (B, 1, T, D)."""
+    first, second = x.chunk(2, dim=-1)                          # (B, heads, T, D/2) each
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Key/value cache
+
+class KVCache:
+    """Preallocated keys and values of every layer, indexed by slot, with one committed length per row.
+
+    A pass writes its T tokens at slots length[b] .. length[b] + T - 1 of row b. `advance` decides how many of them were
+    kept. To forget the others nothing has to be erased: the next pass writes over them, and until then no query may
+    attend to them, because the caller's mask ends at the committed length. Rows may have different lengths.
+    """
+
+    def __init__(self, config, batch_size, capacity, device, dtype):
+        shape = (batch_size, capacity, config.num_key_value_heads, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.length = torch.zeros(batch_size, dtype=torch.long, device=device)      # (B,) committed tokens
+
+    def next_slots(self, count):
+        """The slots that the next `count` tokens of each row will be written to: (B, count)."""
+        return self.length[:, None] + torch.arange(count, device=self.length.device)
+
+    def write(self, layer, slots, keys, values, span):
+        """Store keys and values (B, T, G, D) at `slots` (B, T); return the first `span` slots: two (B, span, G, D)."""
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        self.keys[layer][rows, slots] = keys.to(self.keys[layer].dtype)
+        self.values[layer][rows, slots] = values.to(self.values[layer].dtype)
+        return self.keys[layer][:, :span], self.values[layer][:, :span]
+
+    def advance(self, count):
+        """Commit the first `count` (B,) tokens of the last pass."""
+        self.length = self.length + count
+
+    def keep_rows(self, rows):
+        """Drop all batch rows but `rows` (a LongTensor)."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.length = self.length[rows]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        # normalise in fp32, cast back, *then* scale: transformers' order, which decides the last bit in bf16
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c, self.head_dim = config, config.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask, cache, layer, slots):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)                    # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)                    # (B, T, G, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)                    # (B, T, G, D)
+        if hasattr(self, "q_norm"):                                         # Qwen3: per head, before the rotation
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = apply_rope(q.transpose(1, 2), cos, sin)                         # (B, H, T, D)
+        k = apply_rope(k.transpose(1, 2), cos, sin)                         # (B, G, T, D)
+        if cache is None:
+            v = v.transpose(1, 2)                                           # (B, G, T, D)
+        else:                                                               # old and new keys: (B, G, S, D)
+            k, v = cache.write(layer, slots, k.transpose(1, 2), v, span=mask.shape[-1])
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        # Always an explicit mask: is_causal=True would be aligned to the top left, wrong behind a non-empty cache.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)     # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))             # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, *where):
+        x = x + self.self_attn(self.input_layernorm(x), *where)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything below the output matrix; a module of its own only because the checkpoint's names start with `model.`"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # A plain attribute and not a buffer: `.to(bfloat16)` would round it, and long positions with it.
+        self.frequencies = rope_frequencies(config)                         # (D/2,) fp32
+
+    @property
+    def output_matrix(self):
+        """(V, C): the embedding itself where the two are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    def forward(self, ids, positions, mask, cache=None, at=None):
+        """Next-token logits.
+
+        ids        (B, T) long: the tokens that are fed
+        positions  (B, T) long: where each stands in the text; any integers, repeats allowed
+        mask       (T, S) or (B, T, S) bool: True where a query may attend to a key; every query needs at least one key.
+                   Keys are the fed tokens (S = T), or the first S slots of the cache, this pass's tokens included.
+        cache      a KVCache: tokens are written behind each row's committed length, which does *not* advance
+        at         index into (B, T), such as a pair of LongTensors: logits only there. Vocabularies are large; most
+                   positions' logits are never looked at.
+        returns    (B, T, V), or (*at, V) with `at`
+        """
+        self.frequencies = self.frequencies.to(ids.device)
+        angles = positions[..., None].float() * self.frequencies            # (B, T, D/2), fp32 even in a bf16 model
+        angles = torch.cat((angles, angles), dim=-1)[:, None]               # (B, 1, T, D)
+        x = self.model.embed_tokens(ids)                                    # (B, T, C)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        mask = mask[:, None] if mask.dim() == 3 else mask                   # (B, 1, T, S): the same for every head
+        slots = None if cache is None else cache.next_slots(ids.shape[1])   # (B, T)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, mask, cache, i, slots)
+        x = self.model.norm(x if at is None else x[at])                     # (B, T, C) or (*at, C)
+        return F.linear(x, self.output_matrix)
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        """Load a Hugging Face folder. Raises InputError where a tensor is missing, left over or of the wrong shape."""
+        config = Config.from_dict(read_json(Path(folder) / "config.json"))
+        weights = read_weights(folder)
+        if config.tie_word_embeddings and "lm_head.weight" in weights:
+            if torch.equal(weights["lm_head.weight"], weights.get("model.embed_tokens.weight", torch.empty(0))):
+                del weights["lm_head.weight"]
+            else:                                                           # transformers 5 does the same
+                print("note: config.json ties the embeddings but the checkpoint holds two different ones: not tied")
+                config.tie_word_embeddings = False
+        with torch.device("meta"):                                          # shapes only; no memory, no initialisation
+            model = cls(config)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for what, names in (("lacks", expected.keys() - weights.keys()), ("has unexpected", weights.keys() - expected.keys())):
+            if names:
+                raise InputError(f"{folder} {what} {len(names)} tensor(s), e.g. {min(names)}: config.json and weights disagree")
+        for name, shape in expected.items():
+            if weights[name].shape != shape:
+                raise InputError(f"{name} has shape {tuple(weights[name].shape)}, config.json says {tuple(shape)}")
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, strict=True, assign=True)
+        return model.to(device)
+
+
+def add_mask_token(model, mask_id, seed=0):
+    """Give the model an input (and, if untied, output) row for one new token, in place.
+
+    mask_id   the first id that the tokenizer does not use: a free row of the matrix if there is one (Qwen pads its
+              matrices), else the matrix grows by one row
+    The row is drawn from a normal with the mean and standard deviation, per dimension, of the rows in use (paper,
+    appendix on initialisation). Raises InputError where `mask_id` is beyond the first new row.
+    """
+    vocab_size = model.config.vocab_size
+    if not 0 < mask_id <= vocab_size:
+        raise InputError(f"mask token id {mask_id} does not fit a vocabulary of {vocab_size}")
+    generator = torch.Generator().manual_seed(seed)
+    tables = [model.model.embed_tokens] + ([] if model.config.tie_word_embeddings else [model.lm_head])
+    for table in tables:
+        old = table.weight.data                                             # (V, C)
+        used = old[:mask_id].float()
+        noise = torch.randn(old.shape[1], generator=generator).to(old.device)
+        row = (used.mean(0) + used.std(0) * noise).to(old.dtype)            # (C,)
+        table.weight = nn.Parameter(torch.cat((old[:mask_id], row[None], old[mask_id + 1:])))
+    model.config.vocab_size = max(vocab_size, mask_id + 1)
+
+
+def save_pretrained(model, folder, nanomtp=None):
+    """Write config.json and model.safetensors into `folder`, as transformers expects them.
+
+    nanomtp   a dict that is kept in config.json under that name: mask_token_id, k_max, prompt_format, bidirectional,
+              steps. Absent in an ordinary model. The tokenizer's files are written by `Tokenizer.save`.
+    """
+    folder, raw = Path(folder), copy.deepcopy(model.config.raw)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    raw |= {"vocab_size": model.config.vocab_size, "tie_word_embeddings": model.config.tie_word_embeddings}
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype               # transformers 5 and 4 name it differently
+    if nanomtp:
+        raw["nanomtp"] = nanomtp
+    write_json(folder / "config.json", raw)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
