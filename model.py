@@ -335,3 +335,32 @@ def save_pretrained(model, folder, nanomtp=None):
         raw["nanomtp"] = nanomtp
     write_json(folder / "config.json", raw)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where to compute
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pick_device(name="auto"):
+    """torch.device for `--device`: "auto" is CUDA, else Apple silicon, else CPU. Raises InputError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"no device {name!r} on this machine (try --device auto)") from None
+
+
+def pick_dtype(name, device):
+    """torch.dtype for `--dtype`: "auto" is bf16 where matrices multiply faster in it, else fp32.
+
+    That is CUDA GPUs that support it and CPUs with AMX. A CPU that merely has bf16 instructions (AVX-512) was measured
+    at 0.7x the fp32 rate.
+    """
+    if name == "auto":
+        cuda = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        amx = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+        name = "bf16" if cuda or amx else "fp32"
+    return DTYPES[name]

@@ -1,0 +1,355 @@
+"""
+Decoding: several tokens per forward pass, with a fixed or a confidence-adaptive number of them.
+
+    python sample.py "A farmer has 12 cows and buys 5 more. How many cows does she have?" --threshold 0.9
+    python sample.py --k 3 --compare                            # static k = 3, then plain greedy decoding beside it
+    python sample.py --file questions.jsonl --batch-size 8      # many questions, decoded together
+
+`generate` is the only decode loop of this project (paper, section on ConfAdapt); everything else here prints. One step,
+k = 3, with one kept token "pending", that is: emitted, but not in the cache yet.
+
+    fed         the | pending | <mtp> <mtp>         positions c, c+1, c+2 behind a cache of c tokens
+    predicts            y1       y2     y3          y1 is an ordinary next-token prediction
+    confidence                  .97    .62          the probability of the most likely token
+
+    static      keep all k.
+    adaptive    keep y1, and go on while the confidence is at least the threshold: at 0.9, y1 and y2.
+
+Then the cache advances over the pending token only. The masks' keys and values are left behind as garbage that the next
+pass overwrites, and y1, y2 are the next pass's pending tokens. So every pass emits 1 to k tokens and feeds at most 2k-1.
+
+Shapes: B rows still decoding, T fed tokens, S cache slots, V vocabulary.
+"""
+import codecs
+import json
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data import WordProblems, read_jsonl
+from model import DTYPES, KVCache, Transformer, pick_device, pick_dtype
+from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, resolve, run
+from tokenizer import Tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The decode loop
+
+@dataclass
+class Generation:
+    """What one prompt was answered with."""
+    tokens: list = field(default_factory=list)          # emitted ids, the stop token included
+    confidences: list = field(default_factory=list)     # of each token: its probability at the slot that emitted it
+    chunks: list = field(default_factory=list)          # tokens emitted by each pass, after every cut: sums to len(tokens)
+    finish: str = ""                                    # "stop" (token), "stop string" or "length"
+    prompt_seconds: float = 0.0                         # time of the first pass, which also reads the prompt
+    seconds: float = 0.0                                # from the start to this row's last token
+
+    @property
+    def passes(self):
+        return len(self.chunks)
+
+    @property
+    def tokens_per_forward(self):
+        """Emitted tokens / passes, the prompt's pass included, since it emits tokens too."""
+        return len(self.tokens) / self.passes
+
+
+def accept(confidence, threshold):
+    """How many of the k candidates to keep: (B, k) probabilities -> (B,) long, each in 1..k.
+
+    threshold None keeps all (static k); else the longest run of slots 2, 3, ... with a confidence of at least threshold,
+    behind slot 1, which is always kept. 0 keeps all, anything above 1 keeps one.
+    """
+    if threshold is None:
+        return torch.full_like(confidence[:, 0], confidence.shape[1], dtype=torch.long)
+    return 1 + (confidence[:, 1:] >= threshold).long().cumprod(dim=1).sum(dim=1)
+
+
+def cut(tokens, new, limit, stop_ids, stop_strings, decode):
+    """Where a row's new block ends: (tokens to keep of `new`, finish reason or "").
+
+    The limit comes first: a stop token beyond it was never emitted. A stop string may begin in an earlier chunk, so the
+    search starts len(stop) - 1 characters before this one.
+    """
+    new = new[:limit - len(tokens)]
+    for n, token in enumerate(new, 1):
+        if token in stop_ids:
+            return new[:n], "stop"
+        if stop_strings:
+            before, text = len(decode(tokens)), decode(tokens + new[:n])
+            if any(stop in text[max(0, before - len(stop) + 1):] for stop in stop_strings):
+                return new[:n], "stop string"
+    return new, "length" if len(tokens) + len(new) == limit else ""
+
+
+@torch.inference_mode()
+def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max_new_tokens=256, stop_strings=(),
+             decode=None, on_chunk=None):
+    """Decode greedily, up to k tokens per pass (paper, section on ConfAdapt). Returns one Generation per prompt.
+
+    model           a Transformer
+    prompts         list of lists of ids; lengths may differ
+    k, threshold    at most k tokens a pass; threshold None keeps all k, else see `accept`. k = 1 is plain greedy decoding
+    mask_id         id of the mask token; never emitted. Needed for k > 1
+    stop_ids        ids that end a row, kept as its last token
+    max_new_tokens  limit per row, exact even in the middle of a chunk; also cut at the model's context length
+    stop_strings    a row also ends with the token that completes one of these; needs `decode`, ids -> str
+    on_chunk        called as on_chunk(row, new ids) after every pass of every row
+    Raises InputError for an empty prompt, one longer than the context, or k > 1 without a mask token.
+
+    Rows need no padding on the left. Each has its own committed length in the cache and its own number of pending
+    tokens; short ones are filled up with more masks *behind* their own. In a causal model nothing to the left of those
+    ever sees them, so a row's answer does not depend on its neighbours.
+    """
+    context, device = model.config.max_position_embeddings, model.device
+    if k > 1 and mask_id is None:
+        raise InputError("this checkpoint has no mask token, so it emits one token per pass: train it first (train.py)")
+    for prompt in prompts:
+        if not 0 < len(prompt) < context:
+            raise InputError(f"a prompt of {len(prompt)} tokens does not fit the model's context of {context} tokens")
+    results = [Generation() for _ in prompts]
+    limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    pending = [list(prompt) for prompt in prompts]                      # kept, but not yet in the cache
+    active = list(range(len(prompts)))                                  # rows still decoding, in the cache's order
+    # room for the longest row, the pass that overshoots it included
+    capacity = max(map(len, prompts), default=0) + max(limits, default=0) + 2 * k
+    cache = KVCache(model.config, len(prompts), capacity, device, model.model.embed_tokens.weight.dtype)
+    start = time.perf_counter()
+    while active:
+        # --- 1. feed the pending tokens and at least k - 1 masks
+        fed = [len(pending[row]) for row in active]
+        width = max(fed) + k - 1
+        filler = 0 if mask_id is None else mask_id                      # k = 1: any id will do, nothing sees it
+        ids = torch.tensor([pending[row] + [filler] * (width - n) for row, n in zip(active, fed)], device=device)
+        fed = torch.tensor(fed, device=device)                          # (B,)
+        positions = cache.next_slots(width)                             # (B, T): in decoding, slot = position
+        longest = max(len(prompts[row]) + len(results[row].tokens) - len(pending[row]) for row in active)
+        slots = torch.arange(longest + width, device=device)            # (S,)
+        mask = slots <= positions[:, :, None]                           # (B, T, S): causal, by absolute position
+        # --- 2. candidates and confidences at the last pending token and the k - 1 masks behind it
+        rows = torch.arange(len(active), device=device)[:, None]
+        at = (rows, fed[:, None] - 1 + torch.arange(k, device=device))
+        logits = model(ids, positions, mask, cache, at=at).float()      # (B, k, V)
+        if mask_id is not None:
+            logits[..., mask_id] = -torch.inf
+        top, candidates = logits.max(dim=-1)                            # (B, k) each
+        confidence = (top - logits.logsumexp(dim=-1)).exp()             # (B, k)
+        # --- 3. keep the static or confident prefix;  4. commit what was pending, forget the masks
+        kept = accept(confidence, threshold)                            # (B,)
+        cache.advance(fed)
+        # --- 5. cut each row where it ends (the one place where the host waits for the device)
+        kept, candidates, confidence = kept.tolist(), candidates.tolist(), confidence.tolist()
+        now = time.perf_counter() - start
+        going = []
+        for i, row in enumerate(active):
+            result = results[row]
+            new, result.finish = cut(result.tokens, candidates[i][:kept[i]], limits[row], stop_ids, stop_strings, decode)
+            result.tokens += new
+            result.confidences += confidence[i][:len(new)]
+            result.chunks.append(len(new))
+            result.seconds = now
+            if result.passes == 1:
+                result.prompt_seconds = now
+            pending[row] = new
+            if not result.finish:
+                going.append(i)
+            if on_chunk:
+                on_chunk(row, new)
+        if len(going) < len(active):                                    # rows that are done leave the batch
+            cache.keep_rows(torch.tensor(going, dtype=torch.long, device=device))
+            active = [active[i] for i in going]
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading, and what `--k` and `--threshold` mean
+
+def load(name, device, dtype, cache=None):
+    """(model in eval mode, tokenizer, what config.json says under "nanomtp") for a `--model` name; see resolve()."""
+    folder = resolve(name, cache)
+    model, tokenizer = Transformer.from_pretrained(folder, dtype, device).eval(), Tokenizer(folder)
+    return model, tokenizer, model.config.raw.get("nanomtp", {})
+
+
+def default_model():
+    """out/latest where train.py left one, else the untrained start checkpoint."""
+    return "out/latest" if Path("out/latest").is_dir() else DEFAULT_MODEL
+
+
+def strategy(k, threshold, k_max):
+    """(k, threshold) for `generate` from the two flags, either of which may be None. Raises InputError for k > k_max.
+
+    k alone: static k.  threshold alone: adaptive up to k_max.  Both: adaptive, at most k.  Neither: adaptive 0.9.
+    """
+    if k is None and threshold is None:
+        threshold = 0.9
+    if k is not None and not 1 <= k <= k_max:
+        raise InputError(f"--k {k}: this checkpoint was trained for 1 to {k_max} tokens per pass")
+    return k or k_max, threshold
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Printing
+
+BACKGROUNDS = (153, 222, 157, 218, 189, 229)           # light colours of the 256-colour palette, black text on them
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+class ChunkPrinter:
+    """Writes chunks as they come: coloured on a terminal, as [3|three tokens here] elsewhere or under NO_COLOR."""
+
+    def __init__(self, tokenizer, stream=sys.stdout):
+        self.tokenizer, self.stream, self.count = tokenizer, stream, 0
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")    # a character may span two chunks
+        self.colour = stream.isatty() and not os.environ.get("NO_COLOR")
+
+    def __call__(self, tokens):
+        text = self.utf8.decode(self.tokenizer.token_bytes(tokens)).replace("\x1b", "?")   # no terminal codes from a model
+        self.count += 1
+        if self.colour:
+            paint = f"\x1b[48;5;{BACKGROUNDS[self.count % len(BACKGROUNDS)]};38;5;16m"
+            text = text.replace("\n", f"\x1b[0m\n{paint}")              # or the colour would run to the right margin
+            text = f"{paint}{text}{str(len(tokens)).translate(SUPERSCRIPTS)}\x1b[0m"
+        else:
+            text = f"[{len(tokens)}|{text}]"
+        self.stream.write(text)
+        self.stream.flush()
+
+
+def chunked_text(tokenizer, result):
+    """One Generation in the plain form, [3|...][1|...]."""
+    texts, at = [], 0
+    for size in result.chunks:
+        texts.append(f"[{size}|{tokenizer.decode(result.tokens[at:at + size])}]")
+        at += size
+    return "".join(texts)
+
+
+def speeds(batches):
+    """(whole, decode only) tokens/s of a list of batches, each a list of Generations that were decoded together.
+
+    Whole: all tokens / all time. Decode only: the pass over the prompt left out, its time and its tokens.
+    """
+    tokens = sum(len(r.tokens) for batch in batches for r in batch)
+    seconds = sum(max(r.seconds for r in batch) for batch in batches)
+    first_tokens = sum(r.chunks[0] for batch in batches for r in batch)
+    first_seconds = sum(batch[0].prompt_seconds for batch in batches)
+    decode_seconds = seconds - first_seconds
+    return tokens / seconds, (tokens - first_tokens) / decode_seconds if decode_seconds > 0 else float("nan")
+
+
+def summary(batches):
+    """A few lines about what came out and how fast."""
+    results = [result for batch in batches for result in batch]
+    tokens, passes = sum(len(r.tokens) for r in results), sum(r.passes for r in results)
+    per_forward = [r.tokens_per_forward for r in results]
+    spread = f" +- {statistics.stdev(per_forward):.2f} over {len(results)} prompts" if len(results) > 1 else ""
+    whole, decode = speeds(batches)
+    sizes = sorted(Counter(size for r in results for size in r.chunks).items())
+    finishes = sorted(Counter(r.finish for r in results).items())
+    return (f"{tokens} tokens in {passes} passes: {statistics.mean(per_forward):.2f}{spread} tokens per forward\n"
+            f"{whole:.1f} tokens/s, prompt pass included; {decode:.1f} tokens/s decoding only\n"
+            "chunk sizes: " + ", ".join(f"{size} x {count}" for size, count in sizes) + "\n"
+            "finished by: " + ", ".join(f"{reason} x {count}" for reason, count in finishes))
+
+
+def shared_prefix(a, b):
+    """Number of leading tokens that two lists have in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def read_questions(args):
+    """The questions to answer: the positional ones, then --file's, else one unseen word problem."""
+    questions = list(args.prompt)
+    if args.file and Path(args.file).suffix in (".jsonl", ".json"):
+        questions += [row["question"] for row in read_jsonl(args.file)]
+    elif args.file:
+        try:
+            questions += [line for line in Path(args.file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {args.file}: {error}") from None
+    if not questions and not args.file:
+        questions = [WordProblems(args.seed, split="validation")[0]["question"]]
+    if not questions:
+        raise InputError(f"{args.file} holds no prompts")
+    return questions[:args.limit]
+
+
+def main():
+    parser = ArgumentParser(prog="sample.py", description=__doc__)
+    group = parser.add_argument_group("what to answer")
+    group.add_argument("prompt", nargs="*", help="questions (default: an unseen word problem)")
+    group.add_argument("--file", help="more questions: a text file with one per line, or JSONL rows as for training")
+    group.add_argument("--limit", type=int, help="answer only the first N questions")
+    group.add_argument("--prompt-format", choices=["plain", "chat"], help="default: what the checkpoint was trained with")
+    group.add_argument("--seed", type=int, default=0, help="which word problem, without a prompt (default: %(default)s)")
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--k", type=int, help="tokens per pass at most; alone: static k, all of them kept; 1: plain decoding")
+    group.add_argument("--threshold", type=float, help="adaptive: keep tokens of at least this confidence, at most the "
+                       "checkpoint's k_max or --k (default: 0.9 where --k is not given)")
+    group.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
+    group.add_argument("--stop", nargs="*", default=[], help="strings that end an answer")
+    group.add_argument("--ignore-stop", action="store_true", help="do not end at stop tokens")
+    group.add_argument("--batch-size", type=int, default=8, help="questions decoded together (default: %(default)s)")
+    group.add_argument("--compare", action="store_true", help="decode again with k = 1 and say where the answers part")
+    group = parser.add_argument_group("model and machine")
+    group.add_argument("--model", help=f"{DEFAULT_MODEL}, a folder or a hub id (default: out/latest, else {DEFAULT_MODEL})")
+    group.add_argument("--cache", help="where converted checkpoints are kept (default: $NANOMTP_CACHE or ~/.cache/nanomtp)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: %(default)s)")
+    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: %(default)s, bf16 where it is fast")
+    args = parser.parse_args()
+    for flag in ("batch_size", "max_new_tokens", "limit"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
+    questions = read_questions(args)
+    device = pick_device(args.device)
+    model, tokenizer, trained = load(args.model or default_model(), device, pick_dtype(args.dtype, device), args.cache)
+    if not trained:
+        print("note: this model has not been trained for several tokens per pass, so each pass emits one (train.py)")
+    k, threshold = strategy(args.k, args.threshold, trained.get("k_max", 1))
+    style = args.prompt_format or trained.get("prompt_format") or ("chat" if tokenizer.chat else "plain")
+    prompts = [tokenizer.prompt(question, style) for question in questions]
+
+    def decode_all(k, threshold):
+        """Decode every question and print it; returns the batches. A question alone is printed while it is decoded."""
+        print(f"\n=== k = {k}, " + ("static" if threshold is None or k == 1 else f"threshold {threshold}"))
+        batches = []
+        for at in range(0, len(prompts), args.batch_size):
+            live = ChunkPrinter(tokenizer) if len(prompts) == 1 else None
+            if live:
+                print(f"\n{questions[at]}\n")
+            batches.append(generate(
+                model, prompts[at:at + args.batch_size], k, threshold, tokenizer.mask_id,
+                () if args.ignore_stop else tokenizer.stop_ids, args.max_new_tokens, args.stop, tokenizer.decode,
+                on_chunk=live and (lambda row, new: live(new))))
+            for question, result in zip(questions[at:], batches[-1] if not live else []):
+                print(f"\n{question}\n")
+                printer, start = ChunkPrinter(tokenizer), 0
+                for size in result.chunks:
+                    printer(result.tokens[start:start + size])
+                    start += size
+                print()
+        print("\n" + summary(batches))
+        return batches
+
+    batches = decode_all(k, threshold)
+    if args.compare:
+        plain = [result for batch in decode_all(1, None) for result in batch]
+        ours = [result for batch in batches for result in batch]
+        same = sum(a.tokens == b.tokens for a, b in zip(ours, plain))
+        shared = sum(shared_prefix(a.tokens, b.tokens) for a, b in zip(ours, plain)) / sum(len(b.tokens) for b in plain)
+        print(f"\n{same} of {len(plain)} answers identical to k = 1; {shared:.0%} of k = 1's tokens come before the first "
+              "difference")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,474 @@
+"""
+Teach a pretrained model to write several tokens per forward pass, by self-distillation (arXiv 2602.06019).
+
+    python train.py --k 3                                       # SmolLM2-135M on word problems, a short run
+    python train.py --data gsm8k --k 4 --minutes 90 --out out-gsm8k
+    python train.py --out out-gsm8k --data gsm8k --k 4 --minutes 90 --resume
+
+The idea. Append k-1 copies of one special token, <mtp>, to a text. The pass that predicts the next token at the last
+real token now also predicts, at each <mtp>, the tokens after it:
+
+    input      x1 x2 ... xi  M  M  M          k = 4
+    predicts            y1   y2 y3 y4
+
+Trained on ground truth, each slot would learn what is likely at its place *by itself*, and the most likely words of
+several places need not fit together ("the panda ate ... meat"). So the student is judged on what it wrote jointly. Every
+step of training:
+
+    1. the student reads text and masks and writes y1 .. yk, the most likely token at each slot         (rollout)
+    2. a frozen copy of the starting checkpoint, an ordinary language model, reads the text with y1 .. y(k-1) in the
+       masks' places, and says at each slot what *it* would have written after what the student wrote   (teacher)
+    3. cross-entropy of the student's slots against the teacher's choices                               (hard targets)
+
+Nothing is added to the network but one row of the embedding, so the result is an ordinary checkpoint. The paper's
+recipe (section on training): AdamW, lr 1e-5 after 2000 steps of warm-up, 128 sequences of 160 slots, k up to 16.
+
+Shapes: B sequences, T text tokens (padded), R regions of a sequence, L = T + R(k-1) fed tokens, N regions of the batch,
+k slots of a region, V vocabulary.
+"""
+import argparse
+import functools
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import load_data
+from model import DTYPES, Transformer, add_mask_token, pick_device, pick_dtype, save_pretrained
+from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, new_folder, resolve, run
+from sample import chunked_text, generate, shared_prefix
+from tokenizer import Tokenizer
+
+TEXT, PADDING = -1, -2                  # values of `region` for tokens that belong to none
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layout: many problems in one sequence (paper, section on training; method "regions")
+
+def make_layout(prompt_lengths, lengths, k, offset, stride):
+    """Where the masks go: text first, then one region of k-1 masks for every anchor.
+
+        tokens     x0 x1 x2 x3 x4 x5 x6 x7 | M M | M M          k = 3, anchors 2 and 5
+        position    0  1  2  3  4  5  6  7 | 3 4 | 6 7          a mask stands where the token it predicts from would be
+        region      .  .  .  .  .  .  .  . | 0 0 | 1 1
+        bound       0  1  2  3  4  5  6  7 | 2 2 | 5 5          the last text position that a token may see
+
+    An anchor is the last token that its region sees of the text: the region predicts what follows. The last prompt token
+    is the first candidate, the token before the end the last one; every `stride`-th is taken, from `offset` on, so with
+    stride < k regions overlap, which costs nothing: they do not see each other.
+
+    prompt_lengths, lengths     B ints each: tokens of the prompt, and of the whole text
+    returns (position, region, bound), each (B, L) long, and slots, a pair of (N, k) long: row and place of the k
+    predictions of every region: slot 1 at the anchor, the others at its masks
+    """
+    anchors = [list(range(prompt - 1 + offset, length - 1, stride)) for prompt, length in zip(prompt_lengths, lengths)]
+    B, T, R = len(lengths), max(lengths), max(map(len, anchors))
+    position = torch.zeros(B, T + R * (k - 1), dtype=torch.long)
+    bound, region = torch.zeros_like(position), torch.full_like(position, PADDING)
+    rows, places = [], []
+    for b, (length, row_anchors) in enumerate(zip(lengths, anchors)):
+        position[b, :length] = bound[b, :length] = torch.arange(length)
+        region[b, :length] = TEXT
+        for r, anchor in enumerate(row_anchors):
+            first = T + r * (k - 1)
+            masks = slice(first, first + k - 1)
+            position[b, masks] = anchor + torch.arange(1, k)
+            bound[b, masks] = anchor
+            region[b, masks] = r
+            rows.append([b] * k)
+            places.append([anchor, *range(first, first + k - 1)])
+    slots = (torch.tensor(rows, dtype=torch.long).view(-1, k), torch.tensor(places, dtype=torch.long).view(-1, k))
+    return position, region, bound, slots
+
+
+def attention_mask(position, region, bound):
+    """Who sees whom: (B, L) each -> (B, L, L) bool, [b, query, key].
+
+              key  x0 x1 x2 x3 | M3 M4 | M4 M5        k = 3, anchors 2 and 3; masks named by position
+        x0          #  .  .  . |  .  . |  .  .
+        x1          #  #  .  . |  .  . |  .  .        text: causal, and blind to every mask, so the text's logits
+        x2          #  #  #  . |  .  . |  .  .        are those of the plain model
+        x3          #  #  #  # |  .  . |  .  .
+        M3          #  #  #  . |  #  . |  .  .        a mask: text up to its region's anchor,
+        M4          #  #  #  . |  #  # |  .  .        and its own region's masks up to itself
+        M4          #  #  #  # |  .  . |  #  .
+        M5          #  #  #  # |  .  . |  #  #
+
+    Nobody sees padding. (Padding itself looks at the first token, as a query must look at something.)
+    """
+    key_is_text = (region == TEXT)[:, None, :]                                              # (B, 1, L)
+    key_is_mask = (region >= 0)[:, None, :]
+    text_before = position[:, None, :] <= bound[:, :, None]                                 # (B, L, L)
+    same_region = region[:, None, :] == region[:, :, None]
+    not_after = position[:, None, :] <= position[:, :, None]
+    return (key_is_text & text_before) | (key_is_mask & same_region & not_after)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Objective (paper, section on the online self-distillation loss)
+
+def hard_targets(teacher_logits, rollout, stop_ids, end_id):
+    """What the teacher would have written: (N, k, V) and (N, k) -> (N, k) long.
+
+    Slot j's target is the teacher's most likely token after y1 .. y(j-1). Behind a stop token in the rollout the
+    teacher would read text after the end of the text, and has nothing to say: the targets there are `end_id`.
+    """
+    targets = teacher_logits.argmax(dim=-1)                                                 # (N, k)
+    is_stop = torch.isin(rollout, torch.tensor(sorted(stop_ids), device=rollout.device))
+    stopped = is_stop.long().cumsum(dim=1) - is_stop.long() > 0                             # a stop token strictly before
+    return torch.where(stopped, end_id, targets)
+
+
+def region_loss(student, teacher, ids, position, mask, slots, mask_id, stop_ids, end_id):
+    """One pass of student and teacher over a batch of regions.
+
+    ids     (B, L) long: text, with the mask token in every other place
+    slots   row and place of each prediction, (N, k) each
+    returns the *sum* of the cross-entropy over all N * k slots, in nats, with a gradient for the student alone; and three
+            (N, k) tensors without one: the rollout, the targets, and the student's confidence in each rollout token
+    """
+    logits = student(ids, position, mask, at=slots)                                         # (N, k, V)
+    logits[..., mask_id] = -torch.inf                                                       # never a candidate
+    rollout = logits.detach().argmax(dim=-1)                                                # y1 .. yk
+    with torch.no_grad():
+        row, place = slots
+        teacher_ids = ids.clone()
+        teacher_ids[row[:, 1:], place[:, 1:]] = rollout[:, :-1]                             # y1 .. y(k-1) for the masks
+        teacher_logits = teacher(teacher_ids, position, mask, at=slots)
+        if mask_id < teacher_logits.shape[-1]:                                              # a free row, not a new one
+            teacher_logits[..., mask_id] = -torch.inf
+        targets = hard_targets(teacher_logits, rollout, stop_ids, end_id)
+    log_p = F.log_softmax(logits.float(), dim=-1)                                           # (N, k, V)
+    loss = F.nll_loss(log_p.flatten(0, 1), targets.flatten(), reduction="sum")
+    confidence = log_p.detach().gather(-1, rollout[..., None])[..., 0].exp()
+    return loss, rollout, targets, confidence
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a step trains on. Everything follows from (seed, step), so a resumed run sees what it would have seen.
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(rows, seed, epoch):
+    order = list(range(rows))
+    random.Random(f"order/{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def draw_rows(train, batch_size, step, seed):
+    """The rows of step `step` (from 0): every row once per epoch, in an order drawn anew for each."""
+    chosen = range(step * batch_size, (step + 1) * batch_size)
+    return [train[epoch_order(len(train), seed, i // len(train))[i % len(train)]] for i in chosen]
+
+
+def draw_k_and_offset(step, args):
+    """k uniform in 2..k_max and the anchors' offset uniform in 0..stride-1, drawn independently for each step.
+
+    With --curriculum N the widest k grows from 2 to k_max over the first N steps.
+    """
+    rng = random.Random(f"layout/{args.seed}/{step}")
+    grown = 1.0 if not args.curriculum else min(1.0, step / args.curriculum)
+    return rng.randint(2, 2 + round(grown * (args.k - 2))), rng.randrange(args.stride)
+
+
+def encode_rows(rows, tokenizer, style, seq_len):
+    """[(prompt length, ids of prompt + answer + end)], cut at seq_len; rows whose prompt alone is too long are left out."""
+    encoded = []
+    for row in rows:
+        prompt = tokenizer.prompt(row["question"], style)
+        if len(prompt) < seq_len:
+            encoded.append((len(prompt), (prompt + tokenizer.response(row["answer"]))[:seq_len]))
+    return encoded
+
+
+def make_batch(encoded, k, offset, stride, mask_id, pad_id, device):
+    """Encoded rows -> (ids, position, mask, slots) for `region_loss`, on `device`."""
+    position, region, bound, slots = make_layout(
+        [prompt for prompt, _ in encoded], [len(text) for _, text in encoded], k, offset, stride)
+    ids = torch.where(region >= 0, mask_id, pad_id)
+    for b, (_, text) in enumerate(encoded):
+        ids[b, :len(text)] = torch.tensor(text)
+    return (ids.to(device), position.to(device), attention_mask(position, region, bound).to(device),
+            tuple(index.to(device) for index in slots))
+
+
+def learning_rate(step, args):
+    """Linear warm-up, constant, linear cool-down over the last --cooldown steps. `step` counts from 0."""
+    return args.lr * min(1.0, (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.cooldown))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation on held-out prompts: does it write several tokens per pass, and is it still the same text?
+
+def evaluate(student, tokenizer, prompts, args, mask_id):
+    """Decode `prompts` at threshold 0.9 and with k = 1. Returns a dict for the log."""
+    def decode(k, threshold):
+        return generate(student, prompts, k, threshold, mask_id, tokenizer.stop_ids, args.eval_tokens)
+
+    adaptive, plain = decode(args.k, 0.9), decode(1, None)
+    shared = sum(shared_prefix(a.tokens, b.tokens) for a, b in zip(adaptive, plain))
+    return {"tokens_per_forward": sum(r.tokens_per_forward for r in adaptive) / len(adaptive),
+            "agreement_with_k1": shared / sum(len(r.tokens) for r in plain),    # share of tokens before the first difference
+            "prompts": len(prompts), "sample": chunked_text(tokenizer, adaptive[0])}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: out/step-N is a Hugging Face folder plus trainer.pt; out/latest points to the newest
+
+LOCKED = ("model", "data", "k", "stride", "seq_len", "batch_size", "lr", "warmup", "weight_decay", "clip", "curriculum",
+          "prompt_format", "seed", "overfit", "dtype")
+
+
+def save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id):
+    """Write out/step-N whole or not at all, point out/latest to it, keep the last two."""
+    folder = out / f"step-{step}"
+    with new_folder(folder) as temporary:
+        save_pretrained(student, temporary, {"mask_token_id": mask_id, "k_max": args.k, "prompt_format": args.prompt_format,
+                                             "bidirectional": False, "steps": step})
+        tokenizer.save(temporary, mask_id)
+        torch.save({"step": step, "args": vars(args), "optimizer": optimizer.state_dict()}, temporary / "trainer.pt")
+    link = out / f".latest-{os.getpid()}"
+    link.symlink_to(folder.name)
+    link.replace(out / "latest")
+    for old in sorted(out.glob("step-*"), key=lambda path: int(path.name[5:]))[:-2]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_trainer(out, args):
+    """trainer.pt of the newest checkpoint. Raises InputError where the run was started with other settings."""
+    try:
+        state = torch.load(out / "latest" / "trainer.pt", weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise InputError(f"cannot resume from {out}/latest: {error}") from None
+    for name in LOCKED:
+        was, now = state["args"].get(name), getattr(args, name)
+        if was != now:
+            raise InputError(f"{out} was trained with --{name.replace('_', '-')} {was}, not {now}: resume with the same "
+                             "settings, or start anew with another --out")
+    return state
+
+
+def machine(device):
+    """Where a run ran, for its log: a dict of strings."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
+    return {"device": f"{device.type}: {name}", "torch": torch.__version__, "python": platform.python_version(),
+            "commit": commit or "unknown", "command": "python " + " ".join(sys.argv)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def get_args():
+    parser = ArgumentParser(prog="train.py", description=__doc__)
+    group = parser.add_argument_group("what to train, on what")
+    group.add_argument("--model", default=DEFAULT_MODEL, help="start checkpoint: smollm2-135m, a folder or a hub id (%(default)s)")
+    group.add_argument("--data", default="wordproblems", help="wordproblems, gsm8k, metamath or a JSONL file (%(default)s)")
+    group.add_argument("--prompt-format", choices=["plain", "chat"], help="default: chat where the model has a template")
+    group.add_argument("--out", default="out", help="folder for checkpoints and log.jsonl (%(default)s)")
+    group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on from --out's newest checkpoint")
+    group.add_argument("--cache", help="where converted checkpoints are kept ($NANOMTP_CACHE or ~/.cache/nanomtp)")
+    group = parser.add_argument_group("multi-token prediction")
+    group.add_argument("--k", type=int, default=4, help="k_max: most tokens per pass; each step draws k in 2..k_max (%(default)s)")
+    group.add_argument("--stride", type=int, default=3, help="an anchor every so many tokens of the answer (%(default)s)")
+    group.add_argument("--curriculum", type=int, default=0, help="widen k from 2 to k_max over the first N steps (%(default)s: off)")
+    group = parser.add_argument_group("optimisation (AdamW)")
+    group.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (%(default)s)")
+    group.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up (%(default)s)")
+    group.add_argument("--cooldown", type=int, default=0, help="last steps, linearly down to 0 (%(default)s: constant)")
+    group.add_argument("--weight-decay", type=float, default=0.1, help="on matrices only (%(default)s)")
+    group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (%(default)s)")
+    group.add_argument("--batch-size", type=int, default=8, help="sequences per step (%(default)s)")
+    group.add_argument("--micro-batch-size", type=int, help="sequences per pass; gradients accumulate (default: all at once)")
+    group.add_argument("--seq-len", type=int, default=256, help="longest text, tokens; longer answers are cut (%(default)s)")
+    group.add_argument("--steps", type=int, default=60, help="the schedule follows this number (%(default)s)")
+    group.add_argument("--minutes", type=float, help="stop (and save) after so many minutes; the schedule does not change")
+    group.add_argument("--overfit", type=int, default=0, help="train on the first N rows only, as a sanity check (%(default)s: off)")
+    group = parser.add_argument_group("evaluation, logs, machine")
+    group.add_argument("--eval-every", type=int, default=20, help="steps between evaluations on held-out prompts (%(default)s; 0: none)")
+    group.add_argument("--eval-prompts", type=int, default=8, help="held-out prompts (%(default)s)")
+    group.add_argument("--eval-tokens", type=int, default=64, help="new tokens for each (%(default)s)")
+    group.add_argument("--log-every", type=int, default=5, help="steps per row of log.jsonl (%(default)s)")
+    group.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
+    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
+                       help="of the passes; weights are updated in fp32 (%(default)s: bf16 where that is faster)")
+    args = parser.parse_args()
+    at_least = dict(k=2, stride=1, batch_size=1, micro_batch_size=1, seq_len=8, steps=1, log_every=1, save_every=1,
+                    eval_prompts=1, eval_tokens=1, warmup=0, cooldown=0, curriculum=0, overfit=0, eval_every=0)
+    for name, least in at_least.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
+    if not args.lr > 0:
+        raise InputError("--lr must be above 0")
+    return args
+
+
+def main():
+    args = get_args()
+
+    # --- where to: refuse before any long work what would overwrite or mix up runs
+    out = Path(args.out)
+    if (out / "latest").exists() and not args.resume:
+        raise InputError(f"{out} already holds {(out / 'latest').resolve().name}: add --resume to go on, or choose another --out")
+    resuming = (out / "latest").exists()
+    if args.resume and not resuming:
+        print(f"nothing to resume in {out}: starting anew")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.jsonl", "a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}") from None
+
+    # --- student and frozen teacher start from the same weights
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    args.dtype = {value: name for name, value in DTYPES.items()}[dtype]
+    start = resolve(args.model, args.cache)
+    tokenizer = Tokenizer(start)
+    args.prompt_format = args.prompt_format or ("chat" if tokenizer.chat else "plain")
+    mask_id = tokenizer.free_id if tokenizer.mask_id is None else tokenizer.mask_id
+    train, held_out = load_data(args.data, args.eval_prompts, args.seed)
+    if args.overfit:
+        train = held_out = [train[i] for i in range(min(args.overfit, len(train)))]
+    probe = encode_rows([train[i] for i in range(min(100, len(train)))], tokenizer, args.prompt_format, args.seq_len)
+    if not probe:
+        raise InputError(f"no prompt fits --seq-len {args.seq_len}: raise it")
+    eval_prompts = [tokenizer.prompt(row["question"], args.prompt_format) for row in held_out[:args.eval_prompts]]
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    state = load_trainer(out, args) if resuming else None
+    student = Transformer.from_pretrained(out / "latest" if resuming else start, torch.float32, device)
+    teacher = Transformer.from_pretrained(start, dtype, device).requires_grad_(False)
+    if not resuming and tokenizer.mask_id is None:
+        add_mask_token(student, mask_id, args.seed)
+    decayed = [p for p in student.parameters() if p.dim() >= 2]
+    others = [p for p in student.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
+                                   {"params": others, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95), fused=True)
+    first_step = 0
+    if resuming:
+        optimizer.load_state_dict(state["optimizer"])
+        first_step = state["step"]
+        del state
+
+    # --- one step's gradient, the heart of this file
+    def compute_gradients(step):
+        """Accumulate the gradient of step `step`'s mean loss. Returns sums over slots 1..k for the log."""
+        k, offset = draw_k_and_offset(step, args)
+        encoded = encode_rows(draw_rows(train, args.batch_size, step, args.seed), tokenizer, args.prompt_format, args.seq_len)
+        encoded.sort(key=lambda row: len(row[1]))                       # alike lengths share a pass: less padding
+        micro = args.micro_batch_size or args.batch_size
+        batches = [make_batch(encoded[i:i + micro], k, offset, args.stride, mask_id, tokenizer.end_id, device) for i in range(0, len(encoded), micro)]
+        batches = [batch for batch in batches if batch[3][0].numel()]
+        slots = sum(batch[3][0].numel() for batch in batches)           # all slots of the step: the loss is their mean
+        sums = {"k": k, "loss": 0.0, "slots": slots, "regions": slots // k, "agree": torch.zeros(k), "confidence": torch.zeros(k),
+                "fed": sum(batch[0].numel() for batch in batches)}
+        for batch in batches:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss, rollout, targets, confidence = region_loss(
+                    student, teacher, *batch, mask_id, tokenizer.stop_ids, tokenizer.end_id)
+            (loss / slots).backward()
+            sums["loss"] += loss.item() / slots
+            sums["agree"] += (rollout == targets).sum(dim=0).cpu()
+            sums["confidence"] += confidence.sum(dim=0).cpu()
+        return sums
+
+    # --- say what is about to happen. The first step's gradient is computed once for its arithmetic, and thrown away.
+    def record(**row):
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+
+    settings = {"parameters": sum(p.numel() for p in student.parameters()), **vars(args), **machine(device)}
+    print("\n".join(f"{name:>18}  {value}" for name, value in settings.items()))
+    record(event="resume" if resuming else "start", step=first_step, **settings)
+    began = time.perf_counter()
+    dry = compute_gradients(first_step)
+    optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - began
+    print(f"\n{args.batch_size} sequences * {dry['regions'] / args.batch_size:.1f} regions * {dry['k']} slots = {dry['slots']} supervised "
+          f"tokens in the first step (k = {dry['k']}; k is drawn from 2..{args.k})\nabout {dry['slots'] / seconds:.0f} supervised tokens/s "
+          f"and {seconds:.1f} s a step: {(args.steps - first_step) * seconds / 60:.0f} min for {args.steps - first_step} steps\n")
+
+    def evaluate_and_record(step):
+        if not args.eval_every:
+            return
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            result = evaluate(student.eval(), tokenizer, eval_prompts, args, mask_id)
+        record(event="eval", step=step, minutes=minutes(), **result)
+        tqdm.write(f"step {step}: {result['tokens_per_forward']:.2f} tokens per forward at threshold 0.9, "
+                   f"{result['agreement_with_k1']:.0%} of the text as with k = 1\n{result['sample']}\n")
+
+    # --- the loop. Ctrl-C finishes the step and saves; a second one stops at once.
+    interrupted = []
+
+    def interrupt(signum, frame):
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(signum)
+        tqdm.write("stopping after this step (again to stop at once) ...")
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    begun, step, saved, window = time.perf_counter(), first_step, None, []
+
+    def minutes():
+        return round((time.perf_counter() - begun) / 60, 3)
+
+    if first_step == 0:
+        evaluate_and_record(0)
+    bar = tqdm(total=args.steps, initial=first_step, unit="step", dynamic_ncols=True)
+    while step < args.steps and not interrupted and (args.minutes is None or minutes() < args.minutes):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        sums = compute_gradients(step)
+        if not math.isfinite(sums["loss"]):
+            sys.exit(f"the loss of step {step + 1} is {sums['loss']}: stopped; the last good checkpoint is {saved or 'none'} "
+                     "(try a lower --lr)")
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        bar.update()
+        window.append(sums | {"seconds": time.perf_counter() - began})
+        agree = (sums["agree"] / sums["regions"]).tolist()
+        bar.set_postfix_str(f"loss {sums['loss']:.2f}, agreement slot 1 {agree[0]:.0%} slot 2 {agree[1]:.0%} slot {sums['k']} {agree[-1]:.0%}, "
+                            f"{sums['slots'] / window[-1]['seconds']:.0f} slots/s")
+        if step % args.log_every == 0 or step == args.steps:
+            per_slot = {name: [round(float(sum(w[name][j] for w in window if w["k"] > j) / max(1, sum(w["regions"] for w in window if w["k"] > j))), 4)
+                               if any(w["k"] > j for w in window) else None for j in range(args.k)] for name in ("agree", "confidence")}
+            total = sum(w["seconds"] for w in window)
+            record(event="train", step=step, minutes=minutes(), loss=sum(w["loss"] for w in window) / len(window), agreement=per_slot["agree"],
+                   confidence=per_slot["confidence"], lr=group["lr"], gradient_norm=norm,
+                   slots=sum(w["slots"] for w in window), slots_per_second=sum(w["slots"] for w in window) / total,
+                   fed_tokens_per_second=sum(w["fed"] for w in window) / total)
+            window = []
+        if args.eval_every and step % args.eval_every == 0:
+            evaluate_and_record(step)
+        if step % args.save_every == 0:
+            saved = save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id)
+    bar.close()
+    if step > first_step and (saved is None or saved.name != f"step-{step}"):
+        saved = save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id)
+    record(event="end", step=step, minutes=minutes(), interrupted=bool(interrupted))
+    print(f"{step} steps; {saved} is the newest checkpoint (python sample.py --model {out})" if saved else "nothing to do")
+    if interrupted:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run(main)
