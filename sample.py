@@ -15,13 +15,15 @@ k = 3, with one kept token "pending", that is: emitted, but not in the cache yet
     static      keep all k.
     adaptive    keep y1, and go on while the confidence is at least the threshold: at 0.9, y1 and y2.
 
-Then the cache advances over the pending token only. The masks' keys and values are left behind as garbage that the next
-pass overwrites, and y1, y2 are the next pass's pending tokens. So every pass emits 1 to k tokens and feeds at most 2k-1.
+Then the cache advances over the pending token only. The masks' keys and values are left behind as garbage that the
+next pass overwrites, and y1, y2 are the next pass's pending tokens. So every pass emits 1 to k tokens and feeds at most
+2k-1 (the first one feeds the prompt and k-1 masks).
 
 Shapes: B rows still decoding, T fed tokens, S cache slots, V vocabulary.
 """
+import argparse
 import codecs
-import json
+import itertools
 import os
 import statistics
 import sys
@@ -46,7 +48,7 @@ class Generation:
     """What one prompt was answered with."""
     tokens: list = field(default_factory=list)          # emitted ids, the stop token included
     confidences: list = field(default_factory=list)     # of each token: its probability at the slot that emitted it
-    chunks: list = field(default_factory=list)          # tokens emitted by each pass, after every cut: sums to len(tokens)
+    chunks: list = field(default_factory=list)          # tokens emitted by each pass, after every cut; sum: len(tokens)
     finish: str = ""                                    # "stop" (token), "stop string" or "length"
     prompt_seconds: float = 0.0                         # time of the first pass, which also reads the prompt
     seconds: float = 0.0                                # from the start to this row's last token
@@ -64,8 +66,8 @@ class Generation:
 def accept(confidence, threshold):
     """How many of the k candidates to keep: (B, k) probabilities -> (B,) long, each in 1..k.
 
-    threshold None keeps all (static k); else the longest run of slots 2, 3, ... with a confidence of at least threshold,
-    behind slot 1, which is always kept. 0 keeps all, anything above 1 keeps one.
+    threshold None keeps all (static k). Otherwise slot 1 is kept, an ordinary next-token prediction, and behind it the
+    longest run of slots with a confidence of at least `threshold`: 0 keeps all k, anything above 1 keeps one.
     """
     if threshold is None:
         return torch.full_like(confidence[:, 0], confidence.shape[1], dtype=torch.long)
@@ -96,7 +98,7 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
 
     model           a Transformer
     prompts         list of lists of ids; lengths may differ
-    k, threshold    at most k tokens a pass; threshold None keeps all k, else see `accept`. k = 1 is plain greedy decoding
+    k, threshold    at most k tokens a pass; which of them, see `accept`. k = 1 is plain greedy decoding
     mask_id         id of the mask token; never emitted. Needed for k > 1
     stop_ids        ids that end a row, kept as its last token
     max_new_tokens  limit per row, exact even in the middle of a chunk; also cut at the model's context length
@@ -150,7 +152,8 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
         going = []
         for i, row in enumerate(active):
             result = results[row]
-            new, result.finish = cut(result.tokens, candidates[i][:kept[i]], limits[row], stop_ids, stop_strings, decode)
+            new, result.finish = cut(
+                result.tokens, candidates[i][:kept[i]], limits[row], stop_ids, stop_strings, decode)
             result.tokens += new
             result.confidences += confidence[i][:len(new)]
             result.chunks.append(len(new))
@@ -211,7 +214,7 @@ class ChunkPrinter:
         self.colour = stream.isatty() and not os.environ.get("NO_COLOR")
 
     def __call__(self, tokens):
-        text = self.utf8.decode(self.tokenizer.token_bytes(tokens)).replace("\x1b", "?")   # no terminal codes from a model
+        text = self.utf8.decode(self.tokenizer.token_bytes(tokens)).replace("\x1b", "?")    # a model commands no terminal
         self.count += 1
         if self.colour:
             paint = f"\x1b[48;5;{BACKGROUNDS[self.count % len(BACKGROUNDS)]};38;5;16m"
@@ -223,13 +226,10 @@ class ChunkPrinter:
         self.stream.flush()
 
 
-def chunked_text(tokenizer, result):
-    """One Generation in the plain form, [3|...][1|...]."""
-    texts, at = [], 0
-    for size in result.chunks:
-        texts.append(f"[{size}|{tokenizer.decode(result.tokens[at:at + size])}]")
-        at += size
-    return "".join(texts)
+def chunks_of(result):
+    """The tokens of a Generation, pass by pass: a list of lists."""
+    ends = list(itertools.accumulate(result.chunks))
+    return [result.tokens[end - size:end] for size, end in zip(result.chunks, ends)]
 
 
 def speeds(batches):
@@ -285,31 +285,31 @@ def read_questions(args):
 
 
 def main():
-    parser = ArgumentParser(prog="sample.py", description=__doc__)
-    group = parser.add_argument_group("what to answer")
-    group.add_argument("prompt", nargs="*", help="questions (default: an unseen word problem)")
-    group.add_argument("--file", help="more questions: a text file with one per line, or JSONL rows as for training")
-    group.add_argument("--limit", type=int, help="answer only the first N questions")
-    group.add_argument("--prompt-format", choices=["plain", "chat"], help="default: what the checkpoint was trained with")
-    group.add_argument("--seed", type=int, default=0, help="which word problem, without a prompt (default: %(default)s)")
-    group = parser.add_argument_group("decoding")
-    group.add_argument("--k", type=int, help="tokens per pass at most; alone: static k, all of them kept; 1: plain decoding")
-    group.add_argument("--threshold", type=float, help="adaptive: keep tokens of at least this confidence, at most the "
-                       "checkpoint's k_max or --k (default: 0.9 where --k is not given)")
-    group.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
-    group.add_argument("--stop", nargs="*", default=[], help="strings that end an answer")
-    group.add_argument("--ignore-stop", action="store_true", help="do not end at stop tokens")
-    group.add_argument("--batch-size", type=int, default=8, help="questions decoded together (default: %(default)s)")
-    group.add_argument("--compare", action="store_true", help="decode again with k = 1 and say where the answers part")
-    group = parser.add_argument_group("model and machine")
-    group.add_argument("--model", help=f"{DEFAULT_MODEL}, a folder or a hub id (default: out/latest, else {DEFAULT_MODEL})")
-    group.add_argument("--cache", help="where converted checkpoints are kept (default: $NANOMTP_CACHE or ~/.cache/nanomtp)")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: %(default)s)")
-    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: %(default)s, bf16 where it is fast")
+    parser, flag = ArgumentParser(prog="sample.py", description=__doc__), argparse.BooleanOptionalAction
+    add = parser.add_argument_group("what to answer").add_argument
+    add("prompt", nargs="*", help="questions (default: an unseen word problem)")
+    add("--file", help="more questions: a text file with one per line, or JSONL rows as for training")
+    add("--limit", type=int, help="answer only the first N questions")
+    add("--prompt-format", choices=["plain", "chat"], help="default: what the checkpoint was trained with")
+    add("--seed", type=int, default=0, help="which word problem, without a prompt (%(default)s)")
+    add = parser.add_argument_group("decoding").add_argument
+    add("--k", type=int, help="most tokens per pass; alone: static k, all of them kept; 1: plain decoding")
+    add("--threshold", type=float, help="adaptive: keep tokens of at least this confidence, at most the checkpoint's "
+        "k_max or --k (0.9 where --k is not given)")
+    add("--max-new-tokens", type=int, default=256, help="(%(default)s)")
+    add("--stop", nargs="*", default=[], help="strings that end an answer")
+    add("--ignore-stop", action=flag, default=False, help="do not end at stop tokens")
+    add("--batch-size", type=int, default=8, help="questions decoded together (%(default)s)")
+    add("--compare", action=flag, default=False, help="decode again with k = 1 and say where the answers part")
+    add = parser.add_argument_group("model and machine").add_argument
+    add("--model", help=f"{DEFAULT_MODEL}, a folder or a hub id (out/latest if there is one, else {DEFAULT_MODEL})")
+    add("--cache", help="where converted checkpoints are kept ($NANOMTP_CACHE or ~/.cache/nanomtp)")
+    add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is fast (%(default)s)")
     args = parser.parse_args()
-    for flag in ("batch_size", "max_new_tokens", "limit"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
     questions = read_questions(args)
     device = pick_device(args.device)
     model, tokenizer, trained = load(args.model or default_model(), device, pick_dtype(args.dtype, device), args.cache)
@@ -319,36 +319,34 @@ def main():
     style = args.prompt_format or trained.get("prompt_format") or ("chat" if tokenizer.chat else "plain")
     prompts = [tokenizer.prompt(question, style) for question in questions]
 
-    def decode_all(k, threshold):
-        """Decode every question and print it; returns the batches. A question alone is printed while it is decoded."""
+    def answer_all(k, threshold):
+        """Decode all questions and print the answers; returns the Generations. A single answer is printed as it comes."""
         print(f"\n=== k = {k}, " + ("static" if threshold is None or k == 1 else f"threshold {threshold}"))
-        batches = []
+        batches, live = [], len(prompts) == 1
         for at in range(0, len(prompts), args.batch_size):
-            live = ChunkPrinter(tokenizer) if len(prompts) == 1 else None
+            printers = [ChunkPrinter(tokenizer) for _ in prompts[at:at + args.batch_size]]
             if live:
-                print(f"\n{questions[at]}\n")
+                print(f"\n{questions[0]}\n")
             batches.append(generate(
                 model, prompts[at:at + args.batch_size], k, threshold, tokenizer.mask_id,
                 () if args.ignore_stop else tokenizer.stop_ids, args.max_new_tokens, args.stop, tokenizer.decode,
-                on_chunk=live and (lambda row, new: live(new))))
-            for question, result in zip(questions[at:], batches[-1] if not live else []):
-                print(f"\n{question}\n")
-                printer, start = ChunkPrinter(tokenizer), 0
-                for size in result.chunks:
-                    printer(result.tokens[start:start + size])
-                    start += size
+                on_chunk=(lambda row, new, printers=printers: printers[row](new)) if live else None))
+            for question, result, printer in zip(questions[at:], batches[-1], printers):
+                if not live:
+                    print(f"\n{question}\n")
+                    for chunk in chunks_of(result):
+                        printer(chunk)
                 print()
         print("\n" + summary(batches))
-        return batches
+        return [result for batch in batches for result in batch]
 
-    batches = decode_all(k, threshold)
+    ours = answer_all(k, threshold)
     if args.compare:
-        plain = [result for batch in decode_all(1, None) for result in batch]
-        ours = [result for batch in batches for result in batch]
+        plain = answer_all(1, None)
         same = sum(a.tokens == b.tokens for a, b in zip(ours, plain))
-        shared = sum(shared_prefix(a.tokens, b.tokens) for a, b in zip(ours, plain)) / sum(len(b.tokens) for b in plain)
-        print(f"\n{same} of {len(plain)} answers identical to k = 1; {shared:.0%} of k = 1's tokens come before the first "
-              "difference")
+        shared = sum(shared_prefix(a.tokens, b.tokens) for a, b in zip(ours, plain))
+        print(f"\n{same} of {len(plain)} answers identical to k = 1; {shared / sum(len(b.tokens) for b in plain):.0%} of "
+              "k = 1's tokens come before the first difference")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class Tokenizer:
         described = self.files["tokenizer.json"]
         bpe = described.get("model", {})
         if bpe.get("type") != "BPE" or bpe.get("byte_fallback"):
-            raise InputError(f"{folder}/tokenizer.json is no byte-level BPE (supported: SmolLM2, Llama 3, Qwen 2 and 3)")
+            raise InputError(f"{folder}/tokenizer.json is no byte-level BPE (supported: SmolLM2, Llama 3, Qwen 2/3)")
 
         # --- vocabulary: printable stand-ins back to bytes; what is in `added_tokens` never takes part in merging
         added = {token["content"]: token["id"] for token in described.get("added_tokens", [])}

@@ -12,8 +12,8 @@ real token now also predicts, at each <mtp>, the tokens after it:
     predicts            y1   y2 y3 y4
 
 Trained on ground truth, each slot would learn what is likely at its place *by itself*, and the most likely words of
-several places need not fit together ("the panda ate ... meat"). So the student is judged on what it wrote jointly. Every
-step of training:
+several places need not fit together ("the panda ate ... meat"). So the student is judged on what it wrote jointly, in
+every step of training:
 
     1. the student reads text and masks and writes y1 .. yk, the most likely token at each slot         (rollout)
     2. a frozen copy of the starting checkpoint, an ordinary language model, reads the text with y1 .. y(k-1) in the
@@ -31,11 +31,9 @@ import functools
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -45,9 +43,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import load_data
-from model import DTYPES, Transformer, add_mask_token, pick_device, pick_dtype, save_pretrained
+from model import DTYPES, Transformer, add_mask_token, machine, pick_device, pick_dtype, save_pretrained
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, new_folder, resolve, run
-from sample import chunked_text, generate, shared_prefix
+from sample import chunks_of, generate, shared_prefix
 from tokenizer import Tokenizer
 
 TEXT, PADDING = -1, -2                  # values of `region` for tokens that belong to none
@@ -64,9 +62,9 @@ def make_layout(prompt_lengths, lengths, k, offset, stride):
         region      .  .  .  .  .  .  .  . | 0 0 | 1 1
         bound       0  1  2  3  4  5  6  7 | 2 2 | 5 5          the last text position that a token may see
 
-    An anchor is the last token that its region sees of the text: the region predicts what follows. The last prompt token
-    is the first candidate, the token before the end the last one; every `stride`-th is taken, from `offset` on, so with
-    stride < k regions overlap, which costs nothing: they do not see each other.
+    An anchor is the last token of the text that its region sees: the region predicts what follows. Candidates are the
+    last prompt token up to the token before the last; every `stride`-th is taken, from `offset` on. With stride < k
+    regions overlap, which does no harm: they do not see each other.
 
     prompt_lengths, lengths     B ints each: tokens of the prompt, and of the whole text
     returns (position, region, bound), each (B, L) long, and slots, a pair of (N, k) long: row and place of the k
@@ -126,7 +124,7 @@ def hard_targets(teacher_logits, rollout, stop_ids, end_id):
     """
     targets = teacher_logits.argmax(dim=-1)                                                 # (N, k)
     is_stop = torch.isin(rollout, torch.tensor(sorted(stop_ids), device=rollout.device))
-    stopped = is_stop.long().cumsum(dim=1) - is_stop.long() > 0                             # a stop token strictly before
+    stopped = is_stop.long().cumsum(dim=1) - is_stop.long() > 0                             # a stop token before j
     return torch.where(stopped, end_id, targets)
 
 
@@ -135,8 +133,8 @@ def region_loss(student, teacher, ids, position, mask, slots, mask_id, stop_ids,
 
     ids     (B, L) long: text, with the mask token in every other place
     slots   row and place of each prediction, (N, k) each
-    returns the *sum* of the cross-entropy over all N * k slots, in nats, with a gradient for the student alone; and three
-            (N, k) tensors without one: the rollout, the targets, and the student's confidence in each rollout token
+    returns the *sum* of the cross-entropy over all N * k slots, in nats, with a gradient for the student alone; and
+            three (N, k) tensors without one: the rollout, the targets, the student's confidence in the rollout
     """
     logits = student(ids, position, mask, at=slots)                                         # (N, k, V)
     logits[..., mask_id] = -torch.inf                                                       # never a candidate
@@ -160,35 +158,33 @@ def region_loss(student, teacher, ids, position, mask, slots, mask_id, stop_ids,
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(rows, seed, epoch):
+    """A shuffled list of 0..rows-1, another one for each epoch."""
     order = list(range(rows))
     random.Random(f"order/{seed}/{epoch}").shuffle(order)
     return order
 
 
 def draw_rows(train, batch_size, step, seed):
-    """The rows of step `step` (from 0): every row once per epoch, in an order drawn anew for each."""
+    """The rows of step `step` (from 0): each row once per epoch, in a new order every epoch."""
     chosen = range(step * batch_size, (step + 1) * batch_size)
     return [train[epoch_order(len(train), seed, i // len(train))[i % len(train)]] for i in chosen]
 
 
 def draw_k_and_offset(step, args):
-    """k uniform in 2..k_max and the anchors' offset uniform in 0..stride-1, drawn independently for each step.
+    """k uniform in 2..k_max and the anchors' offset uniform in 0..stride-1, independent draws for each step.
 
     With --curriculum N the widest k grows from 2 to k_max over the first N steps.
     """
     rng = random.Random(f"layout/{args.seed}/{step}")
-    grown = 1.0 if not args.curriculum else min(1.0, step / args.curriculum)
+    grown = min(1.0, step / args.curriculum) if args.curriculum else 1.0
     return rng.randint(2, 2 + round(grown * (args.k - 2))), rng.randrange(args.stride)
 
 
 def encode_rows(rows, tokenizer, style, seq_len):
-    """[(prompt length, ids of prompt + answer + end)], cut at seq_len; rows whose prompt alone is too long are left out."""
-    encoded = []
-    for row in rows:
-        prompt = tokenizer.prompt(row["question"], style)
-        if len(prompt) < seq_len:
-            encoded.append((len(prompt), (prompt + tokenizer.response(row["answer"]))[:seq_len]))
-    return encoded
+    """[(prompt length, ids of prompt + answer + end)], cut at seq_len; a prompt that is too long is left out."""
+    prompts = [tokenizer.prompt(row["question"], style) for row in rows]
+    return [(len(prompt), (prompt + tokenizer.response(row["answer"]))[:seq_len])
+            for row, prompt in zip(rows, prompts) if len(prompt) < seq_len]
 
 
 def make_batch(encoded, k, offset, stride, mask_id, pad_id, device):
@@ -212,29 +208,28 @@ def learning_rate(step, args):
 
 def evaluate(student, tokenizer, prompts, args, mask_id):
     """Decode `prompts` at threshold 0.9 and with k = 1. Returns a dict for the log."""
-    def decode(k, threshold):
-        return generate(student, prompts, k, threshold, mask_id, tokenizer.stop_ids, args.eval_tokens)
-
-    adaptive, plain = decode(args.k, 0.9), decode(1, None)
+    adaptive, plain = (generate(student, prompts, k, threshold, mask_id, tokenizer.stop_ids, args.eval_tokens)
+                       for k, threshold in ((args.k, 0.9), (1, None)))
     shared = sum(shared_prefix(a.tokens, b.tokens) for a, b in zip(adaptive, plain))
     return {"tokens_per_forward": sum(r.tokens_per_forward for r in adaptive) / len(adaptive),
-            "agreement_with_k1": shared / sum(len(r.tokens) for r in plain),    # share of tokens before the first difference
-            "prompts": len(prompts), "sample": chunked_text(tokenizer, adaptive[0])}
+            "agreement_with_k1": shared / sum(len(r.tokens) for r in plain),    # tokens before the first difference
+            "prompts": len(prompts),
+            "sample": "".join(f"[{len(chunk)}|{tokenizer.decode(chunk)}]" for chunk in chunks_of(adaptive[0]))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: out/step-N is a Hugging Face folder plus trainer.pt; out/latest points to the newest
 
-LOCKED = ("model", "data", "k", "stride", "seq_len", "batch_size", "lr", "warmup", "weight_decay", "clip", "curriculum",
-          "prompt_format", "seed", "overfit", "dtype")
+MAY_CHANGE = ("resume", "out", "cache", "steps", "minutes", "device", "micro_batch_size", "eval_every", "eval_tokens",
+              "log_every", "save_every")                                        # between a run and its resumption
 
 
 def save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id):
-    """Write out/step-N whole or not at all, point out/latest to it, keep the last two."""
+    """Write out/step-N whole or not at all, point out/latest to it, keep the last two. Returns its path."""
     folder = out / f"step-{step}"
     with new_folder(folder) as temporary:
-        save_pretrained(student, temporary, {"mask_token_id": mask_id, "k_max": args.k, "prompt_format": args.prompt_format,
-                                             "bidirectional": False, "steps": step})
+        save_pretrained(student, temporary, {"mask_token_id": mask_id, "k_max": args.k, "bidirectional": False,
+                                             "prompt_format": args.prompt_format, "steps": step})
         tokenizer.save(temporary, mask_id)
         torch.save({"step": step, "args": vars(args), "optimizer": optimizer.state_dict()}, temporary / "trainer.pt")
     link = out / f".latest-{os.getpid()}"
@@ -251,92 +246,77 @@ def load_trainer(out, args):
         state = torch.load(out / "latest" / "trainer.pt", weights_only=True, map_location="cpu")
     except Exception as error:
         raise InputError(f"cannot resume from {out}/latest: {error}") from None
-    for name in LOCKED:
-        was, now = state["args"].get(name), getattr(args, name)
-        if was != now:
-            raise InputError(f"{out} was trained with --{name.replace('_', '-')} {was}, not {now}: resume with the same "
-                             "settings, or start anew with another --out")
+    for name, was in state["args"].items():
+        if name not in MAY_CHANGE and getattr(args, name, was) != was:
+            raise InputError(f"{out} was trained with --{name.replace('_', '-')} {was}, not {getattr(args, name)}: "
+                             "resume with the same settings, or start anew with another --out")
     return state
-
-
-def machine(device):
-    """Where a run ran, for its log: a dict of strings."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
-    return {"device": f"{device.type}: {name}", "torch": torch.__version__, "python": platform.python_version(),
-            "commit": commit or "unknown", "command": "python " + " ".join(sys.argv)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 def get_args():
     parser = ArgumentParser(prog="train.py", description=__doc__)
-    group = parser.add_argument_group("what to train, on what")
-    group.add_argument("--model", default=DEFAULT_MODEL, help="start checkpoint: smollm2-135m, a folder or a hub id (%(default)s)")
-    group.add_argument("--data", default="wordproblems", help="wordproblems, gsm8k, metamath or a JSONL file (%(default)s)")
-    group.add_argument("--prompt-format", choices=["plain", "chat"], help="default: chat where the model has a template")
-    group.add_argument("--out", default="out", help="folder for checkpoints and log.jsonl (%(default)s)")
-    group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on from --out's newest checkpoint")
-    group.add_argument("--cache", help="where converted checkpoints are kept ($NANOMTP_CACHE or ~/.cache/nanomtp)")
-    group = parser.add_argument_group("multi-token prediction")
-    group.add_argument("--k", type=int, default=4, help="k_max: most tokens per pass; each step draws k in 2..k_max (%(default)s)")
-    group.add_argument("--stride", type=int, default=3, help="an anchor every so many tokens of the answer (%(default)s)")
-    group.add_argument("--curriculum", type=int, default=0, help="widen k from 2 to k_max over the first N steps (%(default)s: off)")
-    group = parser.add_argument_group("optimisation (AdamW)")
-    group.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (%(default)s)")
-    group.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up (%(default)s)")
-    group.add_argument("--cooldown", type=int, default=0, help="last steps, linearly down to 0 (%(default)s: constant)")
-    group.add_argument("--weight-decay", type=float, default=0.1, help="on matrices only (%(default)s)")
-    group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (%(default)s)")
-    group.add_argument("--batch-size", type=int, default=8, help="sequences per step (%(default)s)")
-    group.add_argument("--micro-batch-size", type=int, help="sequences per pass; gradients accumulate (default: all at once)")
-    group.add_argument("--seq-len", type=int, default=256, help="longest text, tokens; longer answers are cut (%(default)s)")
-    group.add_argument("--steps", type=int, default=60, help="the schedule follows this number (%(default)s)")
-    group.add_argument("--minutes", type=float, help="stop (and save) after so many minutes; the schedule does not change")
-    group.add_argument("--overfit", type=int, default=0, help="train on the first N rows only, as a sanity check (%(default)s: off)")
-    group = parser.add_argument_group("evaluation, logs, machine")
-    group.add_argument("--eval-every", type=int, default=20, help="steps between evaluations on held-out prompts (%(default)s; 0: none)")
-    group.add_argument("--eval-prompts", type=int, default=8, help="held-out prompts (%(default)s)")
-    group.add_argument("--eval-tokens", type=int, default=64, help="new tokens for each (%(default)s)")
-    group.add_argument("--log-every", type=int, default=5, help="steps per row of log.jsonl (%(default)s)")
-    group.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
-    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
-                       help="of the passes; weights are updated in fp32 (%(default)s: bf16 where that is faster)")
+    add = parser.add_argument_group("what to train, on what").add_argument
+    add("--model", default=DEFAULT_MODEL, help="start checkpoint: smollm2-135m, a folder or a hub id (%(default)s)")
+    add("--data", default="wordproblems", help="wordproblems, gsm8k, metamath or a JSONL file (%(default)s)")
+    add("--prompt-format", choices=["plain", "chat"], help="default: chat where the model has a template")
+    add("--out", default="out", help="folder for checkpoints and log.jsonl (%(default)s)")
+    add("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on from --out's newest checkpoint")
+    add("--cache", help="where converted checkpoints are kept ($NANOMTP_CACHE or ~/.cache/nanomtp)")
+    add = parser.add_argument_group("multi-token prediction").add_argument
+    add("--k", type=int, default=4, help="k_max, most tokens per pass: each step draws k in 2..k_max (%(default)s)")
+    add("--stride", type=int, default=3, help="an anchor every so many tokens of the answer (%(default)s)")
+    add("--curriculum", type=int, default=0, help="widen k from 2 to k_max over the first N steps (%(default)s: off)")
+    add = parser.add_argument_group("optimisation (AdamW)").add_argument
+    add("--lr", type=float, default=2e-4, help="peak learning rate (%(default)s)")
+    add("--warmup", type=int, default=20, help="steps of linear warm-up (%(default)s)")
+    add("--cooldown", type=int, default=0, help="last steps, linearly down to 0 (%(default)s: constant)")
+    add("--weight-decay", type=float, default=0.1, help="on matrices only (%(default)s)")
+    add("--clip", type=float, default=1.0, help="largest gradient norm (%(default)s)")
+    add("--batch-size", type=int, default=8, help="sequences per step (%(default)s)")
+    add("--micro-batch-size", type=int, default=4, help="sequences per pass; gradients accumulate (%(default)s)")
+    add("--seq-len", type=int, default=224, help="longest text, tokens; longer answers are cut (%(default)s)")
+    add("--steps", type=int, default=40, help="the schedule follows this number (%(default)s)")
+    add("--minutes", type=float, help="stop, and save, after so many minutes; the schedule does not change")
+    add("--overfit", type=int, default=0, help="train on N rows only, as a sanity check (%(default)s: off)")
+    add = parser.add_argument_group("evaluation, logs, machine").add_argument
+    add("--eval-every", type=int, default=20, help="steps between evaluations (%(default)s; 0: none)")
+    add("--eval-prompts", type=int, default=8, help="held-out prompts (%(default)s)")
+    add("--eval-tokens", type=int, default=64, help="new tokens for each (%(default)s)")
+    add("--log-every", type=int, default=5, help="steps per row of log.jsonl (%(default)s)")
+    add("--save-every", type=int, default=50, help="steps between checkpoints (%(default)s)")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="of the passes, auto: bf16 where that is faster; "
+        "the weights stay fp32 (%(default)s)")
     args = parser.parse_args()
     at_least = dict(k=2, stride=1, batch_size=1, micro_batch_size=1, seq_len=8, steps=1, log_every=1, save_every=1,
                     eval_prompts=1, eval_tokens=1, warmup=0, cooldown=0, curriculum=0, overfit=0, eval_every=0)
     for name, least in at_least.items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
+        if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
-    if not args.lr > 0:
-        raise InputError("--lr must be above 0")
+    if not (args.lr > 0 and args.clip > 0 and (args.minutes is None or args.minutes > 0)):
+        raise InputError("--lr, --clip and --minutes must be above 0")
     return args
 
 
 def main():
     args = get_args()
 
-    # --- where to: refuse before any long work what would overwrite or mix up runs
+    # --- where to: refuse before any long work what would overwrite a run or mix two up
     out = Path(args.out)
+    resuming = args.resume and (out / "latest").exists()
     if (out / "latest").exists() and not args.resume:
-        raise InputError(f"{out} already holds {(out / 'latest').resolve().name}: add --resume to go on, or choose another --out")
-    resuming = (out / "latest").exists()
+        raise InputError(f"{out} already holds {(out / 'latest').resolve().name}: add --resume to go on, "
+                         "or choose another --out")
     if args.resume and not resuming:
         print(f"nothing to resume in {out}: starting anew")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.jsonl", "a", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}") from None
 
-    # --- student and frozen teacher start from the same weights
+    # --- data and tokens
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    args.dtype = {value: name for name, value in DTYPES.items()}[dtype]
+    args.dtype = next(name for name, value in DTYPES.items() if value == dtype)
     start = resolve(args.model, args.cache)
     tokenizer = Tokenizer(start)
     args.prompt_format = args.prompt_format or ("chat" if tokenizer.chat else "plain")
@@ -344,71 +324,78 @@ def main():
     train, held_out = load_data(args.data, args.eval_prompts, args.seed)
     if args.overfit:
         train = held_out = [train[i] for i in range(min(args.overfit, len(train)))]
-    probe = encode_rows([train[i] for i in range(min(100, len(train)))], tokenizer, args.prompt_format, args.seq_len)
-    if not probe:
+    some = [train[i] for i in range(min(100, len(train)))]
+    if not encode_rows(some, tokenizer, args.prompt_format, args.seq_len):
         raise InputError(f"no prompt fits --seq-len {args.seq_len}: raise it")
-    eval_prompts = [tokenizer.prompt(row["question"], args.prompt_format) for row in held_out[:args.eval_prompts]]
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
+    eval_prompts = [tokenizer.prompt(row["question"], args.prompt_format) for row in held_out]
+
+    # --- student and frozen teacher start from the same weights; only the student gets the mask token
     state = load_trainer(out, args) if resuming else None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.jsonl", "a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}") from None
+    torch.set_float32_matmul_precision("high")
     student = Transformer.from_pretrained(out / "latest" if resuming else start, torch.float32, device)
     teacher = Transformer.from_pretrained(start, dtype, device).requires_grad_(False)
-    if not resuming and tokenizer.mask_id is None:
+    if student.config.vocab_size <= mask_id or (tokenizer.mask_id is None and not resuming):
         add_mask_token(student, mask_id, args.seed)
-    decayed = [p for p in student.parameters() if p.dim() >= 2]
-    others = [p for p in student.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95), fused=True)
-    first_step = 0
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in student.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
+         {"params": [p for p in student.parameters() if p.dim() < 2], "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.95), fused=True)
+    first_step, saved = 0, None
     if resuming:
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
-        del state
+        optimizer.load_state_dict(state.pop("optimizer"))
+        first_step, saved = state["step"], (out / "latest").resolve()
+    mixed = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
-    # --- one step's gradient, the heart of this file
-    def compute_gradients(step):
-        """Accumulate the gradient of step `step`'s mean loss. Returns sums over slots 1..k for the log."""
+    def gradients(step):
+        """Accumulate the gradient of one step's mean loss, in as many passes as --micro-batch-size asks for.
+
+        Returns k, the loss (nats per slot), the number of fed tokens, and (3, k_max) sums for each slot: predictions,
+        agreements with the teacher, confidences.
+        """
         k, offset = draw_k_and_offset(step, args)
-        encoded = encode_rows(draw_rows(train, args.batch_size, step, args.seed), tokenizer, args.prompt_format, args.seq_len)
+        rows = draw_rows(train, args.batch_size, step, args.seed)
+        encoded = encode_rows(rows, tokenizer, args.prompt_format, args.seq_len)
         encoded.sort(key=lambda row: len(row[1]))                       # alike lengths share a pass: less padding
-        micro = args.micro_batch_size or args.batch_size
-        batches = [make_batch(encoded[i:i + micro], k, offset, args.stride, mask_id, tokenizer.end_id, device) for i in range(0, len(encoded), micro)]
-        batches = [batch for batch in batches if batch[3][0].numel()]
-        slots = sum(batch[3][0].numel() for batch in batches)           # all slots of the step: the loss is their mean
-        sums = {"k": k, "loss": 0.0, "slots": slots, "regions": slots // k, "agree": torch.zeros(k), "confidence": torch.zeros(k),
-                "fed": sum(batch[0].numel() for batch in batches)}
+        batches = [make_batch(encoded[i:i + args.micro_batch_size], k, offset, args.stride, mask_id, tokenizer.end_id,
+                              device) for i in range(0, len(encoded), args.micro_batch_size)]
+        total = sum(slots[0].numel() for *_, slots in batches)          # the loss is the mean over all of the step's
+        loss, sums = 0.0, torch.zeros(3, args.k)
         for batch in batches:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss, rollout, targets, confidence = region_loss(
+            with mixed():
+                part, rollout, targets, confidence = region_loss(
                     student, teacher, *batch, mask_id, tokenizer.stop_ids, tokenizer.end_id)
-            (loss / slots).backward()
-            sums["loss"] += loss.item() / slots
-            sums["agree"] += (rollout == targets).sum(dim=0).cpu()
-            sums["confidence"] += confidence.sum(dim=0).cpu()
-        return sums
+            (part / max(1, total)).backward()
+            loss += part.item() / max(1, total)
+            sums[:, :k] += torch.stack([torch.ones_like(confidence), rollout == targets, confidence]).sum(dim=1).cpu()
+        return k, loss, sum(ids.numel() for ids, *_ in batches), sums
 
-    # --- say what is about to happen. The first step's gradient is computed once for its arithmetic, and thrown away.
-    def record(**row):
-        log.write(json.dumps(row) + "\n")
+    # --- say what is about to happen; the first step's gradient is computed once for its timing and thrown away
+    def record(event, step, **row):
+        log.write(json.dumps({"event": event, "step": step, **row}) + "\n")
         log.flush()
 
     settings = {"parameters": sum(p.numel() for p in student.parameters()), **vars(args), **machine(device)}
     print("\n".join(f"{name:>18}  {value}" for name, value in settings.items()))
-    record(event="resume" if resuming else "start", step=first_step, **settings)
-    began = time.perf_counter()
-    dry = compute_gradients(first_step)
-    optimizer.zero_grad(set_to_none=True)
-    seconds = time.perf_counter() - began
-    print(f"\n{args.batch_size} sequences * {dry['regions'] / args.batch_size:.1f} regions * {dry['k']} slots = {dry['slots']} supervised "
-          f"tokens in the first step (k = {dry['k']}; k is drawn from 2..{args.k})\nabout {dry['slots'] / seconds:.0f} supervised tokens/s "
-          f"and {seconds:.1f} s a step: {(args.steps - first_step) * seconds / 60:.0f} min for {args.steps - first_step} steps\n")
+    record("resume" if resuming else "start", first_step, **settings)
+    if args.steps > first_step:
+        began = time.perf_counter()
+        k, _, fed, sums = gradients(first_step)
+        optimizer.zero_grad(set_to_none=True)
+        seconds, slots, regions = time.perf_counter() - began, int(sums[0].sum()), int(sums[0, 0]) / args.batch_size
+        print(f"\nfirst step: {args.batch_size} sequences * {regions:.1f} regions * {k} slots = {slots} supervised tokens "
+              f"(k is drawn from 2..{args.k}), {fed} tokens fed\n"
+              f"about {slots / seconds:.0f} supervised tokens/s, {seconds:.1f} s a step, "
+              f"{(args.steps - first_step) * seconds / 60:.0f} min for {args.steps - first_step} steps\n")
 
     def evaluate_and_record(step):
-        if not args.eval_every:
-            return
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            result = evaluate(student.eval(), tokenizer, eval_prompts, args, mask_id)
-        record(event="eval", step=step, minutes=minutes(), **result)
+        with mixed():
+            result = evaluate(student, tokenizer, eval_prompts, args, mask_id)
+        record("eval", step, minutes=minutes(), **result)
         tqdm.write(f"step {step}: {result['tokens_per_forward']:.2f} tokens per forward at threshold 0.9, "
                    f"{result['agreement_with_k1']:.0%} of the text as with k = 1\n{result['sample']}\n")
 
@@ -423,49 +410,51 @@ def main():
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    begun, step, saved, window = time.perf_counter(), first_step, None, []
+    begun, step = time.perf_counter(), first_step
+    window = {"steps": 0, "loss": 0.0, "fed": 0, "seconds": 0.0, "sums": torch.zeros(3, args.k)}    # for the next log row
 
     def minutes():
         return round((time.perf_counter() - begun) / 60, 3)
 
-    if first_step == 0:
+    if args.eval_every and not resuming:
         evaluate_and_record(0)
     bar = tqdm(total=args.steps, initial=first_step, unit="step", dynamic_ncols=True)
     while step < args.steps and not interrupted and (args.minutes is None or minutes() < args.minutes):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        sums = compute_gradients(step)
-        if not math.isfinite(sums["loss"]):
-            sys.exit(f"the loss of step {step + 1} is {sums['loss']}: stopped; the last good checkpoint is {saved or 'none'} "
-                     "(try a lower --lr)")
+        k, loss, fed, sums = gradients(step)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            sys.exit(f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped. The last good checkpoint is "
+                     f"{saved or 'none'} (try a lower --lr)")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        seconds = time.perf_counter() - began
+        for name, value in (("steps", 1), ("loss", loss), ("fed", fed), ("seconds", seconds), ("sums", sums)):
+            window[name] += value
+        agree = (sums[1] / sums[0].clamp(min=1)).tolist()
         bar.update()
-        window.append(sums | {"seconds": time.perf_counter() - began})
-        agree = (sums["agree"] / sums["regions"]).tolist()
-        bar.set_postfix_str(f"loss {sums['loss']:.2f}, agreement slot 1 {agree[0]:.0%} slot 2 {agree[1]:.0%} slot {sums['k']} {agree[-1]:.0%}, "
-                            f"{sums['slots'] / window[-1]['seconds']:.0f} slots/s")
+        bar.set_postfix_str(f"loss {loss:.2f}, agreement at slot 1 {agree[0]:.0%}, 2 {agree[1]:.0%}, {k} "
+                            f"{agree[k - 1]:.0%}, {sums[0].sum() / seconds:.0f} slots/s")
         if step % args.log_every == 0 or step == args.steps:
-            per_slot = {name: [round(float(sum(w[name][j] for w in window if w["k"] > j) / max(1, sum(w["regions"] for w in window if w["k"] > j))), 4)
-                               if any(w["k"] > j for w in window) else None for j in range(args.k)] for name in ("agree", "confidence")}
-            total = sum(w["seconds"] for w in window)
-            record(event="train", step=step, minutes=minutes(), loss=sum(w["loss"] for w in window) / len(window), agreement=per_slot["agree"],
-                   confidence=per_slot["confidence"], lr=group["lr"], gradient_norm=norm,
-                   slots=sum(w["slots"] for w in window), slots_per_second=sum(w["slots"] for w in window) / total,
-                   fed_tokens_per_second=sum(w["fed"] for w in window) / total)
-            window = []
+            count, agreed, confident = window["sums"].tolist()
+            record("train", step, minutes=minutes(), loss=window["loss"] / window["steps"],
+                   agreement=[a / n if n else None for a, n in zip(agreed, count)],                 # per slot, 1..k_max
+                   confidence=[c / n if n else None for c, n in zip(confident, count)],
+                   lr=group["lr"], gradient_norm=norm, slots=int(sum(count)),
+                   slots_per_second=sum(count) / window["seconds"], fed_per_second=window["fed"] / window["seconds"])
+            window = {name: value * 0 for name, value in window.items()}
         if args.eval_every and step % args.eval_every == 0:
             evaluate_and_record(step)
         if step % args.save_every == 0:
             saved = save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id)
     bar.close()
-    if step > first_step and (saved is None or saved.name != f"step-{step}"):
+    if saved is None or saved.name != f"step-{step}":
         saved = save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id)
-    record(event="end", step=step, minutes=minutes(), interrupted=bool(interrupted))
-    print(f"{step} steps; {saved} is the newest checkpoint (python sample.py --model {out})" if saved else "nothing to do")
+    record("end", step, minutes=minutes(), interrupted=bool(interrupted))
+    print(f"{step} steps; the newest checkpoint is {saved} (python sample.py --model {out})")
     if interrupted:
         sys.exit(130)
 

@@ -1,0 +1,253 @@
+"""
+`generate` against slow references: transformers' greedy decoding for k = 1, an uncached loop for everything else; and the
+edges that users of such loops ask about: stop tokens and limits in the middle of a chunk, ragged batches, stop strings.
+"""
+import json
+import random
+
+import pytest
+import torch
+from conftest import TINY_VOCAB, tiny_checkpoint
+
+from model import Transformer, add_mask_token, save_pretrained
+from pretrained import InputError
+from sample import accept, chunks_of, cut, generate, shared_prefix, speeds, strategy, summary
+from tokenizer import Tokenizer
+
+MASK = TINY_VOCAB
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model with a mask token. Its drafts are mostly wrong and its confidences spread over 0.1 .. 1."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("generate") / "checkpoint", seed=3, max_position_embeddings=96)
+    model = Transformer.from_pretrained(folder).eval()
+    add_mask_token(model, MASK)
+    return model
+
+
+def random_prompts(count, seed, longest=24):
+    rng = random.Random(seed)
+    return [[rng.randrange(3, TINY_VOCAB) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+@torch.no_grad()
+def uncached(model, prompt, k, threshold, stop_ids, limit):
+    """The method, word for word, without a cache: the whole text and k-1 masks go through the model in every pass."""
+    tokens, chunks = [], []
+    while True:
+        ids = prompt + tokens + [MASK] * (k - 1)
+        n = len(ids)
+        logits = model(torch.tensor([ids]), torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril())[0, -k:, :MASK]
+        p = logits.softmax(dim=-1)
+        kept = 1
+        while kept < k and (threshold is None or p[kept].max() >= threshold):
+            kept += 1
+        chunks.append(0)
+        for token in logits[:kept].argmax(dim=-1).tolist():
+            tokens.append(token)
+            chunks[-1] += 1
+            if token in stop_ids:
+                return tokens, chunks, "stop"
+            if len(tokens) == limit:
+                return tokens, chunks, "length"
+
+
+STRATEGIES = [(1, None), (2, None), (4, None), (4, 0.9), (4, 0.5), (3, 0.3)]
+
+
+@pytest.mark.parametrize("k, threshold", STRATEGIES)
+def test_cached_loop_equals_the_uncached_one(model, k, threshold):
+    sizes = set()
+    for seed, prompt in enumerate(random_prompts(6, seed=1)):
+        stop_ids = set(range(seed * 7, seed * 7 + 5))
+        result, = generate(model, [prompt], k, threshold, MASK, stop_ids, 30)
+        assert (result.tokens, result.chunks, result.finish) == uncached(model, prompt, k, threshold, stop_ids, 30)
+        sizes |= set(result.chunks)
+    assert threshold != 0.5 or len(sizes) > 1                       # otherwise the adaptive case would test nothing
+
+
+@pytest.mark.parametrize("k, threshold", STRATEGIES)
+def test_ragged_batch_equals_each_prompt_alone(model, k, threshold):
+    """16 prompts of 1 to 24 tokens, which stop at different passes, for different reasons: same answers in company."""
+    prompts = random_prompts(16, seed=2)
+    stop_ids = set(range(10, 16))
+    together = generate(model, prompts, k, threshold, MASK, stop_ids, 25)
+    alone = [generate(model, [prompt], k, threshold, MASK, stop_ids, 25)[0] for prompt in prompts]
+    assert [(r.tokens, r.chunks, r.finish) for r in together] == [(r.tokens, r.chunks, r.finish) for r in alone]
+    for a, b in zip(together, alone):
+        assert a.confidences == pytest.approx(b.confidences, abs=1e-4)
+    assert {r.finish for r in together} == {"stop", "length"}
+
+
+def test_threshold_limits(model):
+    """0 keeps everything (static k), above 1 keeps one token a pass (plain decoding)."""
+    prompts = random_prompts(5, seed=3)
+
+    def texts(k, threshold):
+        return [(r.tokens, r.chunks) for r in generate(model, prompts, k, threshold, MASK, {7}, 20)]
+
+    assert texts(4, 0.0) == texts(4, None) != texts(1, None)
+    assert texts(4, 1.01) == texts(1, None)
+
+
+def test_k1_equals_transformers(model, tmp_path):
+    """Plain decoding of a saved multi-token checkpoint is transformers' greedy decoding of it, token for token."""
+    import transformers
+
+    tiny_checkpoint(tmp_path)                                       # for its tokenizer
+    save_pretrained(model, tmp_path, {"mask_token_id": MASK, "k_max": 4})
+    Tokenizer(tmp_path).save(tmp_path, MASK)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.convert_tokens_to_ids("<|mtp|>") == MASK == Tokenizer(tmp_path).mask_id
+    for prompt in random_prompts(6, seed=4):
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt):].tolist()
+        result, = generate(model, [prompt], 1, None, MASK, Tokenizer(tmp_path).stop_ids, 20)
+        assert result.tokens == expected
+
+
+def test_mask_token_is_never_emitted(model, tmp_path):
+    """Neither by us nor by transformers, even where it is the model's favourite everywhere."""
+    import transformers
+
+    loud = Transformer.from_pretrained(tiny_checkpoint(tmp_path, tied=False))
+    add_mask_token(loud, MASK)
+    with torch.no_grad():
+        loud.model.norm.weight.fill_(1.0)
+        loud.lm_head.weight.mul_(0.01)
+        loud.lm_head.weight[MASK] = loud.model.embed_tokens.weight[MASK] = 3.0
+        loud.model.embed_tokens.weight.fill_(3.0)                   # every state points the mask token's way
+    prompt = [5, 6, 7]
+    n = torch.ones(3, 3, dtype=torch.bool).tril()
+    assert loud(torch.tensor([prompt]), torch.arange(3)[None], n)[0, -1].argmax() == MASK
+    result, = generate(loud.eval(), [prompt], 4, None, MASK, (), 12)
+    assert MASK not in result.tokens and len(result.tokens) == 12
+    save_pretrained(loud, tmp_path, {"mask_token_id": MASK, "k_max": 4})
+    Tokenizer(tmp_path).save(tmp_path, MASK)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert MASK not in theirs.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0].tolist()
+
+
+def test_stop_token_inside_a_chunk(model):
+    """Cut after the first stop token; what the pass wrote behind it is dropped and counted nowhere."""
+    prompt = random_prompts(1, seed=5)[0]
+    free, = generate(model, [prompt], 4, None, MASK, (), 12)
+    stop = free.tokens[5]                                           # slot 2 of the second pass
+    first = free.tokens.index(stop)
+    result, = generate(model, [prompt], 4, None, MASK, {stop}, 12)
+    assert result.tokens == free.tokens[:first + 1] and result.finish == "stop"
+    assert sum(result.chunks) == len(result.tokens) == len(result.confidences) and result.chunks[-1] == first % 4 + 1
+    assert result.tokens_per_forward == len(result.tokens) / len(result.chunks)
+
+
+@pytest.mark.parametrize("limit", range(1, 10))
+def test_limit_inside_a_chunk(model, limit):
+    prompt = random_prompts(1, seed=6)[0]
+    free, = generate(model, [prompt], 4, None, MASK, (), 12)
+    result, = generate(model, [prompt], 4, None, MASK, {free.tokens[limit]}, limit)     # the stop comes one too late
+    assert result.tokens == free.tokens[:limit] or free.tokens[limit] in free.tokens[:limit]
+    assert len(result.tokens) <= limit and (result.finish == "length") == (result.tokens[-1] != free.tokens[limit])
+
+
+def test_cut():
+    """Stop strings that straddle chunks, with the text of a token being its number."""
+    def decode(ids):
+        return "".join(map(str, ids))
+
+    assert cut([1, 2], [3, 4, 5], 10, (), ["23"], decode) == ([3], "stop string")
+    assert cut([1, 2], [3, 4, 5], 10, (), ["1234"], decode) == ([3, 4], "stop string")
+    assert cut([1, 2], [3, 4, 5], 10, (), ["12"], decode) == ([3, 4, 5], "")             # was there before this chunk
+    assert cut([1, 2], [3, 4, 5], 10, (), ["45", "34"], decode) == ([3, 4], "stop string")
+    assert cut([1, 2], [3, 4, 5], 10, {4}, ["345"], decode) == ([3, 4], "stop")
+    assert cut([1, 2], [3, 4, 5], 3, {4}, (), decode) == ([3], "length")                 # the stop was never emitted
+    assert cut([1, 2], [3, 4, 5], 4, {4}, (), decode) == ([3, 4], "stop")
+    assert cut([1, 2], [3], 10, (), (), None) == ([3], "")
+
+
+def test_stop_string_across_chunks(model):
+    def decode(ids):
+        return "".join(f"<{i}>" for i in ids)
+
+    prompt = random_prompts(1, seed=7)[0]
+    free, = generate(model, [prompt], 3, None, MASK, (), 12)
+    stop = decode(free.tokens[2:4])[2:-1]                           # from inside the first chunk into the second
+    result, = generate(model, [prompt], 3, None, MASK, (), 12, [stop], decode)
+    assert result.tokens == free.tokens[:4] and result.finish == "stop string" and result.chunks == [3, 1]
+
+
+def test_accept():
+    confidence = torch.tensor([[0.1, 0.9, 0.9, 0.2], [0.1, 0.2, 0.9, 0.9], [0.9, 0.95, 0.91, 0.9]])
+    assert accept(confidence, 0.9).tolist() == [3, 1, 4]
+    assert accept(confidence, None).tolist() == [4, 4, 4] == accept(confidence, 0.0).tolist()
+    assert accept(confidence, 1.5).tolist() == [1, 1, 1]
+    assert accept(confidence[:, :1], 0.9).tolist() == [1, 1, 1]
+
+
+def test_context_length(model):
+    """Positions end at 96 in this model: longer prompts are refused, shorter ones stop there."""
+    with pytest.raises(InputError, match="96"):
+        generate(model, [[5] * 96], 4, None, MASK, (), 10)
+    with pytest.raises(InputError, match="0 tokens"):
+        generate(model, [[]], 4, None, MASK, (), 10)
+    short, long = generate(model, [[5] * 3, [5] * 90], 4, None, MASK, (), 20)
+    assert (len(short.tokens), len(long.tokens), long.finish) == (20, 6, "length")
+    assert generate(model, [], 4, None, MASK) == []
+
+
+def test_k_needs_a_mask_token(model):
+    with pytest.raises(InputError, match="no mask token"):
+        generate(model, [[5]], 2, None, None)
+
+
+def test_chunks_as_they_come(model):
+    """on_chunk is called with every row's new tokens, in order, and nothing else."""
+    prompts, seen = random_prompts(4, seed=8), {}
+    results = generate(model, prompts, 3, 0.5, MASK, {9, 10}, 15,
+                       on_chunk=lambda row, new: seen.setdefault(row, []).append(list(new)))
+    assert [seen[row] for row in range(4)] == [chunks_of(result) for result in results]
+
+
+def test_speeds_and_summary(model):
+    batch = generate(model, random_prompts(3, seed=9), 3, None, MASK, (), 9)
+    total, first = sum(len(r.tokens) for r in batch), sum(r.chunks[0] for r in batch)
+    seconds, prompt_seconds = max(r.seconds for r in batch), batch[0].prompt_seconds
+    assert 0 < prompt_seconds < seconds
+    assert speeds([batch]) == pytest.approx((total / seconds, (total - first) / (seconds - prompt_seconds)))
+    text = summary([batch])
+    assert "27 tokens in 9 passes: 3.00 +- 0.00" in text and "3 x 9" in text and "length x 3" in text
+    assert shared_prefix([1, 2, 3], [1, 2, 4]) == 2 and shared_prefix([1], [1, 2]) == 1 == shared_prefix([1, 2], [1])
+
+
+def test_strategy():
+    assert strategy(None, None, 4) == (4, 0.9) and strategy(3, None, 4) == (3, None)
+    assert strategy(None, 0.5, 4) == (4, 0.5) and strategy(2, 0.5, 4) == (2, 0.5) and strategy(1, None, 1) == (1, None)
+    for k in (0, 5):
+        with pytest.raises(InputError, match="1 to 4"):
+            strategy(k, None, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_real_model_decodes_as_transformers_does(smollm2, dtype):
+    """SmolLM2, several chat prompts at once: in fp32 the greedy text of transformers, token for token; bf16 just runs."""
+    import transformers
+
+    tokenizer, ours = Tokenizer(smollm2), Transformer.from_pretrained(smollm2, dtype).eval()
+    questions = ["What is 7 + 5?", "Name three rivers in Europe.", "Tom has 3 boxes of 12 eggs. How many eggs is that?"]
+    prompts = [tokenizer.prompt(question, "chat") for question in questions]
+    results = generate(ours, prompts, 1, None, None, tokenizer.stop_ids, 24)
+    assert all(0 < len(result.tokens) <= 24 for result in results)
+    if dtype == torch.float32:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
+        for prompt, result in zip(prompts, results):
+            expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+            assert result.tokens == expected[0, len(prompt):].tolist()
+
+
+def test_generation_config_of_a_saved_checkpoint(tmp_path):
+    """What other programs need to know: never emit the mask, stop where the tokenizer's owner stops."""
+    tiny_checkpoint(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    Tokenizer(tmp_path / "a").save(tmp_path / "b", MASK)
+    saved = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+    assert saved["suppress_tokens"] == [MASK] and saved["eos_token_id"] == 2
