@@ -15,6 +15,7 @@ Every source comes out as the same thing, a sequence of {"question": str, "answe
 Held-out prompts are training rows that are never trained on. Test sets are never touched here: that is what they are
 for. MetaMath asks the same original question many times over, so rows are split by original question, not by row.
 """
+import functools
 import json
 import random
 import re
@@ -251,6 +252,32 @@ def load_data(name, held_out, seed):
         raise InputError(f"no data {name!r}; --data takes wordproblems, gsm8k, metamath or a path to a .jsonl file")
     return split_rows(rows, held_out, seed)
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a training step reads. It follows from (seed, step) alone, so a resumed run sees what it would have seen.
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(rows, seed, epoch):
+    """A shuffled list of 0..rows-1, another one for each epoch."""
+    order = list(range(rows))
+    random.Random(f"order/{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def draw_rows(train, batch_size, step, seed):
+    """The rows of step `step` (from 0): each row once per epoch, in a new order every epoch."""
+    chosen = range(step * batch_size, (step + 1) * batch_size)
+    return [train[epoch_order(len(train), seed, i // len(train))[i % len(train)]] for i in chosen]
+
+
+def encode_rows(rows, tokenizer, style, seq_len):
+    """[(prompt length, ids of prompt + answer + end)], cut at seq_len; a prompt that is too long is left out."""
+    prompts = [tokenizer.prompt(row["question"], style) for row in rows]
+    return [(len(prompt), (prompt + tokenizer.response(row["answer"]))[:seq_len])
+            for row, prompt in zip(rows, prompts) if len(prompt) < seq_len]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 def main():
     parser = ArgumentParser(prog="data.py", description=__doc__)

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import load_data
+from data import draw_rows, encode_rows, load_data
 from model import DTYPES, Transformer, add_mask_token, machine, pick_device, pick_dtype, save_pretrained
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, new_folder, resolve, run
 from sample import chunks_of, generate, shared_prefix
@@ -154,37 +154,16 @@ def region_loss(student, teacher, ids, position, mask, slots, mask_id, stop_ids,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a step trains on. Everything follows from (seed, step), so a resumed run sees what it would have seen.
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(rows, seed, epoch):
-    """A shuffled list of 0..rows-1, another one for each epoch."""
-    order = list(range(rows))
-    random.Random(f"order/{seed}/{epoch}").shuffle(order)
-    return order
-
-
-def draw_rows(train, batch_size, step, seed):
-    """The rows of step `step` (from 0): each row once per epoch, in a new order every epoch."""
-    chosen = range(step * batch_size, (step + 1) * batch_size)
-    return [train[epoch_order(len(train), seed, i // len(train))[i % len(train)]] for i in chosen]
-
+# What a step trains on
 
 def draw_k_and_offset(step, args):
-    """k uniform in 2..k_max and the anchors' offset uniform in 0..stride-1, independent draws for each step.
+    """k uniform in 2..k_max and the anchors' offset uniform in 0..stride-1, drawn anew for each step from its number.
 
     With --curriculum N the widest k grows from 2 to k_max over the first N steps.
     """
     rng = random.Random(f"layout/{args.seed}/{step}")
     grown = min(1.0, step / args.curriculum) if args.curriculum else 1.0
     return rng.randint(2, 2 + round(grown * (args.k - 2))), rng.randrange(args.stride)
-
-
-def encode_rows(rows, tokenizer, style, seq_len):
-    """[(prompt length, ids of prompt + answer + end)], cut at seq_len; a prompt that is too long is left out."""
-    prompts = [tokenizer.prompt(row["question"], style) for row in rows]
-    return [(len(prompt), (prompt + tokenizer.response(row["answer"]))[:seq_len])
-            for row, prompt in zip(rows, prompts) if len(prompt) < seq_len]
 
 
 def make_batch(encoded, k, offset, stride, mask_id, pad_id, device):
@@ -284,7 +263,7 @@ def get_args():
     add("--eval-every", type=int, default=20, help="steps between evaluations (%(default)s; 0: none)")
     add("--eval-prompts", type=int, default=8, help="held-out prompts (%(default)s)")
     add("--eval-tokens", type=int, default=64, help="new tokens for each (%(default)s)")
-    add("--log-every", type=int, default=5, help="steps per row of log.jsonl (%(default)s)")
+    add("--log-every", type=int, default=1, help="log.jsonl gets a row about every N-th step (%(default)s)")
     add("--save-every", type=int, default=50, help="steps between checkpoints (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
@@ -411,7 +390,6 @@ def main():
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     begun, step = time.perf_counter(), first_step
-    window = {"steps": 0, "loss": 0.0, "fed": 0, "seconds": 0.0, "sums": torch.zeros(3, args.k)}    # for the next log row
 
     def minutes():
         return round((time.perf_counter() - begun) / 60, 3)
@@ -432,20 +410,13 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         step += 1
         seconds = time.perf_counter() - began
-        for name, value in (("steps", 1), ("loss", loss), ("fed", fed), ("seconds", seconds), ("sums", sums)):
-            window[name] += value
-        agree = (sums[1] / sums[0].clamp(min=1)).tolist()
+        agree, confidence = (sums[1:, :k] / sums[0, :k].clamp(min=1)).tolist()              # per slot, 1..k
         bar.update()
         bar.set_postfix_str(f"loss {loss:.2f}, agreement at slot 1 {agree[0]:.0%}, 2 {agree[1]:.0%}, {k} "
                             f"{agree[k - 1]:.0%}, {sums[0].sum() / seconds:.0f} slots/s")
-        if step % args.log_every == 0 or step == args.steps:
-            count, agreed, confident = window["sums"].tolist()
-            record("train", step, minutes=minutes(), loss=window["loss"] / window["steps"],
-                   agreement=[a / n if n else None for a, n in zip(agreed, count)],                 # per slot, 1..k_max
-                   confidence=[c / n if n else None for c, n in zip(confident, count)],
-                   lr=group["lr"], gradient_norm=norm, slots=int(sum(count)),
-                   slots_per_second=sum(count) / window["seconds"], fed_per_second=window["fed"] / window["seconds"])
-            window = {name: value * 0 for name, value in window.items()}
+        if step % args.log_every == 0:
+            record("train", step, minutes=minutes(), k=k, loss=loss, agreement=agree, confidence=confidence, lr=group["lr"],
+                   gradient_norm=norm, slots=int(sums[0].sum()), fed_tokens=fed, seconds=seconds)
         if args.eval_every and step % args.eval_every == 0:
             evaluate_and_record(step)
         if step % args.save_every == 0:

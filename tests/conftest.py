@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # a local folder needs no hub; do not wait for one
 os.environ.setdefault("OMP_NUM_THREADS", "1")           # on tiny matrices threads mostly wait, on a busy machine for ever
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
