@@ -318,7 +318,7 @@ def main():
     torch.set_float32_matmul_precision("high")
     student = Transformer.from_pretrained(out / "latest" if resuming else start, torch.float32, device)
     teacher = Transformer.from_pretrained(start, dtype, device).requires_grad_(False)
-    if student.config.vocab_size <= mask_id or (tokenizer.mask_id is None and not resuming):
+    if tokenizer.mask_id is None and not resuming:
         add_mask_token(student, mask_id, args.seed)
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in student.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
@@ -413,7 +413,7 @@ def main():
         agree, confidence = (sums[1:, :k] / sums[0, :k].clamp(min=1)).tolist()              # per slot, 1..k
         bar.update()
         bar.set_postfix_str(f"loss {loss:.2f}, agreement at slot 1 {agree[0]:.0%}, 2 {agree[1]:.0%}, {k} "
-                            f"{agree[k - 1]:.0%}, {sums[0].sum() / seconds:.0f} slots/s")
+                            f"{agree[k - 1]:.0%}, {sums[0].sum() / seconds:.0f} tokens/s")
         if step % args.log_every == 0:
             record("train", step, minutes=minutes(), k=k, loss=loss, agreement=agree, confidence=confidence, lr=group["lr"],
                    gradient_norm=norm, slots=int(sums[0].sum()), fed_tokens=fed, seconds=seconds)
