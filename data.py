@@ -208,12 +208,12 @@ def read_jsonl(path):
     return rows
 
 
-def read_hub(repository, *config):
-    """All rows of the train split of a hub data set, cleaned. Raises InputError where the hub cannot be reached."""
+def read_hub(repository, *config, split="train"):
+    """All rows of one split of a hub data set, cleaned. Raises InputError where the hub cannot be reached."""
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(repository, *config, split="train")
+        rows = load_dataset(repository, *config, split=split)
     except Exception as error:          # offline shows up as any of half a dozen classes
         raise InputError(f"cannot fetch {repository} from the hub ({type(error).__name__}); offline, use "
                          "--data wordproblems or give --data a JSONL file") from None

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")            # a local folder needs no hub; do not wait for one
-os.environ.setdefault("OMP_NUM_THREADS", "1")           # on tiny matrices threads mostly wait, on a busy machine for ever
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # on tiny matrices threads mostly wait for each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
@@ -28,8 +28,9 @@ CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]       # ids 0, 1, 2, a
 # Byte pairs that the tiny tokenizer merges, in order. "Ġ" is how byte-level BPE writes a space, "Ċ" a newline.
 MERGES = ("Ġ t|h e|i n|e r|Ġt he|o n|r e|a t|e n|Ġ a|o u|Ġ s|e s|Ġ w|in g|o r|i t|a n|Ġa n|Ġan d|i s|Ġ is|h at|Ġw hat|"
           "o w|Ġ Ġ|Ċ Ċ|. .|a l|l l|u s|Ġ =|Ġ +|Ġ o|Ġo f|Ġt o|e d|l e|ou r|Ġ x|Ġ m").split("|")
-CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = ("{% for message in messages %}"
+          "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 TINY_VOCAB = len(CONTROL) + 256 + len(MERGES)                   # 300: the tiny tokenizer uses every row of the matrix
 
 

@@ -24,7 +24,7 @@ FAMILIES = {
     "llama-head-dim": tiny_config("llama", head_dim=32),
     "llama-rope-scaling": tiny_config("llama", rope_parameters=LLAMA3_ROPE),
     "qwen2-gqa-tied": tiny_config("qwen2"),
-    "qwen2-mha-untied": tiny_config("qwen2", tied=False, num_key_value_heads=4),
+    "qwen2-mha-untied": tiny_config("qwen2", tied=False, num_key_value_heads=4, attention_bias=True),   # no such key
     "qwen3-gqa-tied": tiny_config("qwen3"),
     "qwen3-mha-untied": tiny_config("qwen3", tied=False, num_key_value_heads=4, attention_bias=True),
 }
@@ -99,6 +99,7 @@ def test_both_matrices_present_but_tied_in_config(tmp_path):
         torch.testing.assert_close(full_logits(model, ids), reference_logits(reference, ids), atol=1e-4, rtol=0)
     # ... and once apart, they stay apart through our own save
     save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
     torch.testing.assert_close(full_logits(Transformer.from_pretrained(tmp_path), ids), full_logits(model, ids))
 
 
@@ -397,8 +398,8 @@ def test_add_mask_token_is_seeded(tmp_path):
         torch.manual_seed(noise)                                            # torch's global state must not matter
         add_mask_token(model, TINY_VOCAB, seed=seed)
         rows.append((model.model.embed_tokens.weight[-1].detach(), model.lm_head.weight[-1].detach()))
-    assert all(torch.equal(a, b) for a, b in zip(rows[0], rows[1]))
-    assert not any(torch.equal(a, b) for a, b in zip(rows[0], rows[2]))
+    assert all(map(torch.equal, rows[0], rows[1]))
+    assert not any(map(torch.equal, rows[0], rows[2]))
 
 
 def test_add_mask_token_leaves_other_logits_alone(tmp_path):
@@ -465,8 +466,8 @@ def test_saved_dtype(tmp_path, key):
 # ----------------------------------------------------------------------------------------------------------------------
 # The real SmolLM2
 
-PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Question: Tom has 3 apples and buys 12 more. How many?\n\n",
-           "1, 2, 3, 4,", "Water boils at"]
+PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "1, 2, 3, 4,", "Water boils at",
+           "Question: Tom has 3 apples and buys 12 more. How many?\n\n"]
 
 
 @torch.no_grad()

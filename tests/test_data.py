@@ -1,0 +1,284 @@
+"""
+data.py: the generator's arithmetic redone by hand, files and hub rows in their real schemas, and the promise that no
+question is on both sides of a split.
+"""
+import json
+import random
+import re
+import sys
+import types
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from data import STRUCTURES, WordProblems, load_data, read_jsonl, split_of, split_rows
+from pretrained import InputError
+
+GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+# --- word problems
+
+def check_solution(question, lines, answer):
+    """Redo every line: its arithmetic is right, and its operands are in the question or were computed before."""
+    assert question.endswith("?")
+    known = {int(number) for number in re.findall(r"\d+", question)} | ({2} if "half" in question else set())
+    for line in lines:
+        (a, op, b, c), = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)\b", line)        # exactly one per line
+        assert line.count("=") == 1
+        a, b, c = int(a), int(b), int(c)
+        assert {"+": a + b, "-": a - b, "*": a * b, "/": Fraction(a, b)}[op] == c, line
+        assert {a, b} <= known, f"{line!r} uses a number from nowhere; {question!r}"
+        known.add(c)
+    assert type(answer) is int and answer == c >= 0
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.__name__)
+def test_structure_is_solved_correctly(structure):
+    questions = set()
+    for seed in range(400):
+        question, lines, answer = structure(random.Random(seed), "Ava", "Ben", "coins")
+        check_solution(question, lines, answer)
+        questions.add(question)
+    assert len(questions) > 50                              # the numbers vary, or it would be learned by heart
+
+
+def test_word_problems_depend_on_seed_and_index_alone():
+    first = [WordProblems(7)[i] for i in range(50)]
+    assert [WordProblems(7)[i] for i in reversed(range(50))][::-1] == first          # no state between calls
+    others = [WordProblems(8)[i] for i in range(50)]
+    assert sum(a == b for a, b in zip(first, others)) <= 1
+    assert len({row["question"] for row in first}) >= 45
+
+
+def test_word_problem_is_the_same_on_every_machine():
+    """A golden row. If this fails, every seed means other data than before, and old results can not be repeated."""
+    assert WordProblems(0, split="validation")[0] == {
+        "question": "Grace read 22 pages on Monday and 13 fewer on Tuesday. "
+                    "How many pages did Grace read on both days?",
+        "answer": "On Tuesday Grace read 22 - 13 = 9 pages.\nOn both days Grace read 22 + 9 = 31 pages.\n#### 31"}
+
+
+def test_word_problems_end_with_their_answer():
+    rows = WordProblems(1)
+    operators = set()
+    for i in range(500):
+        assert set(rows[i]) == {"question", "answer"}
+        *lines, last = rows[i]["answer"].split("\n")
+        assert re.fullmatch(r"#### \d+", last)
+        check_solution(rows[i]["question"], lines, int(last.removeprefix("#### ")))
+        operators |= set(re.findall(r"\d ([-+*/]) \d", rows[i]["answer"]))
+    assert operators == {"+", "-", "*", "/"}
+
+
+def test_no_word_problem_is_in_two_splits():
+    """Over several seeds, since train, validation and test rows are asked for with any."""
+    seen = {split: {WordProblems(seed, split)[i]["question"] for seed in (0, 1) for i in range(1000)}
+            for split in ("train", "validation", "test")}
+    assert all(len(questions) > 1500 for questions in seen.values())
+    assert not seen["train"] & seen["validation"] and not seen["train"] & seen["test"]
+    assert not seen["validation"] & seen["test"]
+    # and rejection does not starve a split: about 1 question in 20 belongs to each of the small ones
+    rng = random.Random(0)
+    splits = [split_of(rng.choice(STRUCTURES)(rng, "Ava", "Ben", "coins")[0]) for _ in range(4000)]
+    assert 120 < splits.count("validation") < 280 and 120 < splits.count("test") < 280
+
+
+def test_load_word_problems():
+    train, held_out = load_data("wordproblems", 12, seed=3)
+    assert train[0] == WordProblems(3)[0] and len(train) > 10_000
+    assert held_out == [WordProblems(3, split="validation")[i] for i in range(12)]
+
+
+# --- JSONL
+
+def test_gsm8k_rows(tmp_path):
+    """Calculator calls go, everything else stays as it is, the last line above all."""
+    path = write_rows(tmp_path / "rows.jsonl", [
+        {"question": "How many clips?",
+         "answer": "Half is 48/2 = <<48/2=24>>24.\n48+24 = <<48+24=72>>72 < 80.\n#### 72"},
+        {"question": "x << y >> z?", "answer": "No call here, 1 < 2.\n#### 1,000"}])
+    rows = read_jsonl(path)
+    assert [row["answer"] for row in rows] == ["Half is 48/2 = 24.\n48+24 = 72 < 80.\n#### 72",
+                                               "No call here, 1 < 2.\n#### 1,000"]
+    assert rows[1]["question"] == "x << y >> z?"            # a question is never rewritten
+
+
+def test_other_schemas(tmp_path):
+    """prompt/response and query/response; in those `<<...>>` is text, not a calculator call."""
+    metamath = {"type": "GSM_Rephrased", "query": "What is twice four?", "original_question": "What is 2 * 4?",
+                "response": "2 * 4 = 8.\n#### 8\nThe answer is: 8"}
+    path = write_rows(tmp_path / "rows.jsonl", [
+        {"prompt": "Say <<x>>", "response": "<<x>>", "id": 5}, metamath, metamath | {"original_question": ""}])
+    plain, meta, orphan = read_jsonl(path)
+    assert (plain["question"], plain["answer"]) == ("Say <<x>>", "<<x>>")
+    assert (meta["question"], meta["answer"]) == ("What is twice four?", "2 * 4 = 8.\n#### 8\nThe answer is: 8")
+    assert plain["group"] == "Say <<x>>" and meta["group"] == "What is 2 * 4?"
+    assert orphan["group"] == "What is twice four?"
+
+
+def test_blank_lines_are_skipped_and_counted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\n{"question": "a", "answer": "b"}\n   \n\n{"question": "é", "answer": "ü"}', encoding="utf-8")
+    assert [row["question"] for row in read_jsonl(path)] == ["a", "é"]
+    path.write_text('\n{"question": "a", "answer": "b"}\n\n{"question": "a"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=re.escape(f"{path}:4: ")):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("line", [
+    '{"question": "a", "answer": "b"', "not json", "[1, 2]", '"question answer"', "null", "7", "{}",
+    '{"question": "a"}', '{"question": "a", "response": "b"}', '{"question": "a", "answer": ""}',
+    '{"question": " \\n", "answer": "b"}', '{"question": 1, "answer": "b"}', '{"question": "a", "answer": null}',
+    '{"question": "a", "answer": ["b"]}', '{"query": "a", "response": 5, "original_question": "c"}'])
+def test_malformed_row_is_named_by_file_and_line(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(InputError) as refused:
+        load_data(str(path), 1, seed=0)
+    assert str(refused.value).startswith(f"{path}:2: ") and "\n" not in str(refused.value)
+
+
+def test_unusable_files(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text("\n \n")
+    (tmp_path / "latin1.jsonl").write_bytes('{"question": "\xe9", "answer": "b"}\n'.encode("latin-1"))
+    (tmp_path / "folder.jsonl").mkdir()
+    for name, message in (("empty.jsonl", "holds no rows"), ("blank.jsonl", "holds no rows"),
+                          ("missing.jsonl", "cannot read"), ("latin1.jsonl", "cannot read"),
+                          ("folder.jsonl", "cannot read")):
+        with pytest.raises(InputError, match=message) as refused:
+            load_data(str(tmp_path / name), 1, seed=0)
+        assert str(tmp_path / name) in str(refused.value)
+    for name in ("nosuch", "GSM8K", "", str(tmp_path), str(tmp_path / "rows.csv")):
+        with pytest.raises(InputError, match="no data .*wordproblems, gsm8k, metamath"):
+            load_data(name, 1, seed=0)
+
+
+# --- training rows and held-out rows
+
+def grouped(groups=20, each=3):
+    """Rows of MetaMath's kind: every original question asked `each` times."""
+    return [{"question": f"{g} in words {i}", "answer": "x", "group": f"original {g}"}
+            for i in range(each) for g in range(groups)]
+
+
+def test_split_keeps_groups_whole():
+    for seed in range(5):
+        train, held_out = split_rows(grouped(), 6, seed)
+        assert len(held_out) == 6 == len({row["group"] for row in held_out})        # six different questions
+        assert len(train) == 14 * 3                                                 # their siblings are gone as well
+        assert not {row["group"] for row in train} & {row["group"] for row in held_out}
+        assert all(row in grouped() for row in train + held_out)
+
+
+def test_split_depends_on_the_seed_and_not_on_the_order():
+    """Sorting or shuffling a file must not move a held-out question into training."""
+    rows = grouped()
+    train, held_out = split_rows(rows, 6, seed=0)
+    assert split_rows(rows, 6, seed=0) == (train, held_out)
+    shuffled = random.Random(1).sample(rows, len(rows))
+    assert [row["group"] for row in split_rows(shuffled, 6, seed=0)[1]] == [row["group"] for row in held_out]
+    assert len({tuple(row["group"] for row in split_rows(rows, 6, seed)[1]) for seed in range(5)}) == 5
+
+
+def test_duplicates_of_a_question_stay_together(tmp_path):
+    rows = [{"question": f"q{i % 10}", "answer": f"answer {i}"} for i in range(30)]
+    train, held_out = load_data(write_rows(tmp_path / "rows.jsonl", rows), 4, seed=0)
+    assert len(held_out) == 4 and len(train) == 18
+    assert not {row["question"] for row in train} & {row["question"] for row in held_out}
+
+
+@pytest.mark.parametrize("held_out", [5, 6, 100])
+def test_too_few_questions(held_out):
+    """Five questions can spare four: one must be left to train on, however many rows there are."""
+    rows = grouped(groups=5, each=9)
+    assert len(split_rows(rows, 4, seed=0)[0]) == 9
+    with pytest.raises(InputError, match=f"5 different questions cannot spare {held_out}"):
+        split_rows(rows, held_out, seed=0)
+
+
+# --- the hub
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for the `datasets` package. `.rows` is what it answers with, or raises; `.asked` what it was asked."""
+    fake = types.ModuleType("datasets")
+    fake.rows, fake.asked = [], []
+
+    def load_dataset(path, name=None, *, split=None):
+        fake.asked.append((path, name, split))
+        if isinstance(fake.rows, Exception):
+            raise fake.rows
+        return fake.rows
+
+    fake.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return fake
+
+
+def test_hub_gsm8k(hub):
+    hub.rows = [{"question": f"q{i}?", "answer": f"1+{i} = <<1+{i}={1 + i}>>{1 + i}\n#### {1 + i}"} for i in range(9)]
+    train, held_out = load_data("gsm8k", 2, seed=0)
+    assert hub.asked == [("openai/gsm8k", "main", "train")]         # the test split is for the test at the end
+    assert (len(train), len(held_out)) == (7, 2)
+    for row in train + held_out:
+        i = int(row["question"][1:-1])
+        assert row["answer"] == f"1+{i} = {1 + i}\n#### {1 + i}"
+
+
+def test_hub_metamath(hub):
+    hub.rows = [{"type": kind, "query": f"{kind} q{i}", "original_question": f"q{i}", "response": f"The answer is: {i}"}
+                for kind in ("MATH_AnsAug", "GSM_Rephrased") for i in range(8)]
+    train, held_out = load_data("metamath", 3, seed=0)
+    assert hub.asked == [("meta-math/MetaMathQA", None, "train")]
+    assert (len(train), len(held_out)) == (10, 3)
+    kept_back = {row["question"].split()[1] for row in held_out}
+    assert not kept_back & {row["question"].split()[1] for row in train}
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), ValueError("no such config"), OSError("disk"),
+                                   RuntimeError("the library's own")])
+@pytest.mark.parametrize("name", ["gsm8k", "metamath"])
+def test_hub_out_of_reach_is_one_line(hub, name, error):
+    hub.rows = error
+    with pytest.raises(InputError, match="cannot fetch .*--data wordproblems") as refused:
+        load_data(name, 2, seed=0)
+    assert "\n" not in str(refused.value) and type(error).__name__ in str(refused.value)
+
+
+def test_hub_row_that_is_malformed(hub):
+    hub.rows = [{"question": "a", "answer": "b"}, {"question": "a", "answer": None}]
+    with pytest.raises(InputError, match="openai/gsm8k row 1: "):
+        load_data("gsm8k", 1, seed=0)
+
+
+# --- the real thing
+
+def strip_calls(text):
+    """`<<...>>` out of a text, by partition and not by regex."""
+    kept = ""
+    while "<<" in text:
+        before, _, rest = text.partition("<<")
+        kept, text = kept + before, rest.partition(">>")[2]
+    return kept + text
+
+
+def test_real_gsm8k_file():
+    if not GSM8K.exists():
+        pytest.skip("no GSM8K training file beside the repository (../shared/data/gsm8k/train.jsonl)")
+    raw = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
+    answers = {row["question"]: strip_calls(row["answer"]) for row in raw}
+    assert len(raw) == len(answers) == 7473                 # no question twice, so rows in and out can be counted
+    train, held_out = load_data(str(GSM8K), 100, seed=0)
+    assert (len(train), len(held_out)) == (7373, 100)
+    assert not {row["question"] for row in train} & {row["question"] for row in held_out}
+    for row in train + held_out:
+        assert "<<" not in row["answer"] and row["answer"] == answers[row["question"]]
+        assert row["answer"].split("\n")[-1].startswith("#### ")

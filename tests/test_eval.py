@@ -1,0 +1,177 @@
+"""
+eval_gsm8k.py: lm-eval's scoring rules case by case, the statistics against hand-computed values, and whole runs on a tiny
+checkpoint, killed and resumed included.
+"""
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import eval_gsm8k as evaluation
+from eval_gsm8k import extract_flexible, extract_strict, normalise, paired_interval, standard_error
+from model import Transformer
+from pretrained import InputError
+from sample import generate
+from tokenizer import Tokenizer
+
+CASES = json.loads((Path(__file__).parent / "extract_cases.json").read_text())     # what lm-eval's own filters return
+
+
+# --- scoring
+
+@pytest.mark.parametrize("case", CASES, ids=range(1, len(CASES) + 1))
+def test_twelve_tricky_outputs(case):
+    strict, flexible = extract_strict(case["output"], "gsm8k_cot"), extract_flexible(case["output"])
+    assert (strict, flexible) == (case["strict"], case["flexible"])
+    assert (normalise(strict) == normalise(case["gold"])) == bool(case["strict_ok"])
+    assert (normalise(flexible) == normalise(case["gold"])) == bool(case["flexible_ok"])
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("10-5", "-5"), ("1/2", "2"), ("at 6:30", "30"), ("1e3", "3"), ("1 000", "000"), ("25%", "25"), ("-$5", "-$5"),
+    ("$-5", "-5"), ("wait...", "..."), ("costs $.", "$."), ("42...", "42..."), ("٣٤", "[invalid]"), ("", "[invalid]"),
+    ("1 and 22", "22"), ("The answer is 3.\n\nQuestion: 5", "5")])
+def test_flexible_traps(text, expected):
+    assert extract_flexible(text) == expected
+
+
+def test_strict_traps():
+    """The first match counts, the phrase is case-sensitive, and gsm8k_cot's last dot eats a digit at the end."""
+    assert extract_strict("The answer is 40", "gsm8k_cot") == "4"
+    assert extract_strict("The answer is 5", "gsm8k_cot") == "[invalid]" == extract_strict("The answer is $5.", "gsm8k_cot")
+    assert extract_strict("The answer is 1. The answer is 2.", "gsm8k_cot") == "1."
+    assert extract_strict("so\n#### 1,234\n#### 7") == "1,234" and extract_strict("####5") == "[invalid]"
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("18.", "18"), ("18.00", "18.00"), ("18..", "18."), ("$1,234", "1234"), ("so #### 5", "5"), ("a\n#### b\n#### 7.", "7"),
+    ("####5", "####5"), ("Seven", "seven"), ("007", "007")])
+def test_normalisation_in_order(text, expected):
+    assert normalise(text) == expected
+
+
+def test_gold_solutions_score_full_marks():
+    """Every gold answer of GSM8K's test set is found by flexible-extract in its own solution."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "test.jsonl"
+    if not path.exists():
+        pytest.skip("GSM8K's test.jsonl is not here")
+    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
+    golds = [row["answer"].split("####")[-1].strip() for row in rows]
+    assert len(rows) == 1319 and all(re.fullmatch(r"-?\d+", normalise(gold)) for gold in golds)
+    assert all(normalise(extract_flexible(row["answer"])) == normalise(gold) for row, gold in zip(rows, golds))
+
+
+def test_statistics():
+    assert standard_error([1, 0] * 50) == pytest.approx(math.sqrt(0.25 / 99))
+    assert standard_error([1] * 870 + [0] * 449) == pytest.approx(0.01305, abs=1e-5)      # the paper's 66.0 +- 1.3
+    assert math.isnan(standard_error([1]))
+    assert paired_interval([1, 1, 0, 1], [1, 0, 0, 1]) == pytest.approx((0.25, 1.96 * 0.5 / 2))
+    assert paired_interval([1, 0, 1], [1, 0, 1]) == (0, 0)            # the same answers: no difference, and no doubt
+
+
+# --- prompts
+
+def test_prompt_formats(tiny):
+    tokenizer = Tokenizer(tiny)
+    examples = [{"question": "1 + 1?", "answer": "That is 2.\n#### 2"}]
+
+    def text(style, rows=examples):
+        return tokenizer.decode(evaluation.build_prompt(tokenizer, "2 + 2?", rows, style))
+
+    assert text("plain") == "1 + 1?\n\nThat is 2.\n#### 2\n\n2 + 2?\n\n"
+    assert text("qa") == "Q: 1 + 1?\nA: That is 2.\nThe answer is 2.\n\nQ: 2 + 2?\nA:"
+    assert text("qa-step", []) == "Q: 2 + 2?\nA: Let's think step by step."
+    assert text("chat").endswith("user\n1 + 1?\n\nThat is 2.\n#### 2\n\n2 + 2?\nassistant\n")
+    assert evaluation.build_prompt(tokenizer, "2?", [], "plain") == tokenizer.prompt("2?", "plain")
+
+
+def test_loss_under(tiny):
+    """Against cross-entropy token by token, each behind its own prefix."""
+    model, prompt, tokens = Transformer.from_pretrained(tiny), [5, 6, 7], [20, 30, 2]
+    total = 0.0
+    for i, token in enumerate(tokens):
+        ids = prompt + tokens[:i]
+        n = len(ids)
+        logits = model(torch.tensor([ids]), torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril())[0, -1]
+        total += F.cross_entropy(logits, torch.tensor(token)).item()
+    assert evaluation.loss_under(model, prompt, tokens) == pytest.approx(total, rel=1e-4)
+
+
+# --- whole runs
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """Two steps of training: it has a mask token and k_max 3, and answers nonsense."""
+    import train
+
+    out = tmp_path_factory.mktemp("trained")
+    argv, sys.argv = sys.argv, ["train.py", "--model", str(tiny), "--k", "3", "--steps", "2", "--batch-size", "2",
+                                "--eval-every", "0", "--seq-len", "160", "--lr", "1e-3", "--out", str(out)]
+    try:
+        train.main()
+    finally:
+        sys.argv = argv
+    return out
+
+
+def evaluate(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["eval_gsm8k.py", *map(str, flags)])
+    evaluation.main()
+
+
+def test_run_and_resume(tiny, trained, tmp_path, monkeypatch, capsys):
+    """One run through; then one killed in the middle of a line, and resumed: the same rows, nothing asked twice."""
+    settings = ["--model", trained, "--baseline", tiny, "--data", "wordproblems", "--limit", 5, "--batch-size", 2,
+                "--max-new-tokens", 12]
+    evaluate(monkeypatch, *settings, "--out", tmp_path / "a")
+    lines = (tmp_path / "a" / "rows.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[1:]]
+    names = ["start, k = 1", "static 1", "static 2", "static 3"]
+    names += [f"adaptive {threshold}" for threshold in (0.99, 0.95, 0.9, 0.8, 0.7, 0.6)]
+    assert [row["strategy"] for row in rows] == [name for name in names for _ in range(5)]
+    assert [row["id"] for row in rows] == list(range(5)) * len(names)
+    assert all(sum(row["chunks"]) == len(row["tokens"]) <= 12 for row in rows)
+    assert capsys.readouterr().out.count("How many") >= 1                       # the prompt is printed ...
+    table = {entry["strategy"]: entry for entry in json.loads((tmp_path / "a" / "table.json").read_text())["table"]}
+    assert list(table) == names and table["static 1"]["speed_up"] == 1 and table["static 1"]["identical_text"] == 1
+    assert table["static 2"]["tokens_per_forward"] > 1.7 and table["static 1"]["difference"] == [0, 0]
+    assert table["static 3"]["start_loss"] > 0
+    plain = [row for row in rows if row["strategy"] == "static 1"]
+    tokenizer, model = Tokenizer(trained / "latest"), Transformer.from_pretrained(trained / "latest").eval()
+    problems, _ = evaluation.load_questions("wordproblems", 5, 0, 0)
+    for row, problem in zip(plain, problems):
+        prompt = tokenizer.prompt(problem["question"], "chat")
+        assert row["tokens"] == generate(model, [prompt], 1, None, tokenizer.mask_id, tokenizer.stop_ids, 12)[0].tokens
+        assert row["gold"] == problem["answer"].split("#### ")[1]
+    markdown = (tmp_path / "a" / "table.md").read_text()
+    assert markdown.count("\n") == 2 + len(names) and (tmp_path / "a" / "pareto.png").stat().st_size > 5000
+
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "rows.jsonl").write_text("\n".join(lines[:10]) + "\n" + lines[10][:50])   # in the second batch
+    calls, real = [], evaluation.generate
+    monkeypatch.setattr(evaluation, "generate", lambda *args: calls.append(args) or real(*args))
+    evaluate(monkeypatch, *settings, "--out", tmp_path / "b", "--resume")
+    resumed = [json.loads(line) for line in (tmp_path / "b" / "rows.jsonl").read_text().splitlines()[1:]]
+    assert [(row["strategy"], row["id"], row["tokens"]) for row in resumed] == [
+        (row["strategy"], row["id"], row["tokens"]) for row in rows]
+    assert len(calls) == 3 * len(names) - 5                 # of three batches a strategy, 3 + 2 were whole on disk
+
+
+def test_refusals(tiny, trained, tmp_path, monkeypatch):
+    settings = ["--model", trained, "--data", "wordproblems", "--limit", 2, "--max-new-tokens", 4, "--k", 1]
+    evaluate(monkeypatch, *settings, "--out", tmp_path)
+    with pytest.raises(InputError, match="add --resume"):
+        evaluate(monkeypatch, *settings, "--out", tmp_path)
+    with pytest.raises(InputError, match="max_new_tokens 4, not 5"):
+        evaluate(monkeypatch, *settings, "--max-new-tokens", 5, "--out", tmp_path, "--resume")
+    with pytest.raises(InputError, match="checkpoint"):
+        evaluate(monkeypatch, *settings, "--model", tiny, "--out", tmp_path, "--resume")
+    for flags, word in ((["--k", 4], "1 to 3"), (["--data", "nosuch"], "no data"), (["--limit", 0], "--limit"),
+                        (["--shots", -1], "--shots"), (["--model", "nosuch"], "no folder")):
+        with pytest.raises(InputError, match=word):
+            evaluate(monkeypatch, *settings, "--out", tmp_path / "other", *flags)
