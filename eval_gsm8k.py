@@ -1,0 +1,376 @@
+"""
+Accuracy beside speed: one checkpoint, a list of decoding strategies, the same questions for each.
+
+    python eval_gsm8k.py --data wordproblems                    # out/latest on unseen word problems
+    python eval_gsm8k.py --data gsm8k --model out-gsm8k --baseline smollm2-135m --limit 100
+    python eval_gsm8k.py --k 1 2 3 --threshold 0.9 0.8 --out results/mine --resume
+
+Scoring follows EleutherAI's lm-eval to the letter (tasks gsm8k and gsm8k_cot, metric exact_match): `extract_flexible`
+takes the last number of a text, `extract_strict` what stands behind the agreed phrase; both are compared as strings
+after `normalise`. The paper reports flexible-extract (section on experiments), on all 1319 test questions.
+
+Every question becomes a row of OUT/rows.jsonl as soon as its batch is done, so a killed run goes on with --resume. At
+the end: OUT/table.md, OUT/table.json and OUT/pareto.png. Always among the strategies is k = 1 of the same checkpoint,
+which all others are compared with, question by question; with --baseline also k = 1 of the start checkpoint.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import WordProblems, read_hub, read_jsonl
+from model import DTYPES, machine, pick_device, pick_dtype
+from pretrained import ArgumentParser, InputError, resolve, run, weight_files, write_json
+from sample import Generation, default_model, generate, load, shared_prefix, speeds, strategy
+
+# Prompt formats beside the tokenizer's own two, "plain" and "chat": lm-eval's gsm8k_cot and gsm8k_cot_zeroshot
+QA_FORMATS = {"qa": "Q: {question}\nA:", "qa-step": "Q: {question}\nA: Let's think step by step."}
+QA_STOPS = ["Q:", "</s>", "<|im_end|>"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring, lm-eval's rules
+
+STRICT = {"gsm8k": r"#### (\-?[0-9\.\,]+)", "gsm8k_cot": r"The answer is (\-?[0-9\.\,]+)."}     # the last dot: sic
+FLEXIBLE = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
+
+
+def extract_strict(text, task="gsm8k"):
+    """The number behind the task's phrase, its first occurrence; "[invalid]" without one."""
+    found = re.findall(STRICT[task], text)
+    return found[0].strip() if found else "[invalid]"
+
+
+def extract_flexible(text):
+    """The last thing in the text that looks like a number, "..." and "$." included; "[invalid]" without one."""
+    found = re.findall(FLEXIBLE, text)
+    return next(part for part in found[-1] if part).strip() if found else "[invalid]"
+
+
+def normalise(text):
+    """What exact_match compares: commas and dollar signs out, then all up to "#### ", then one dot at the end."""
+    for pattern in (r",", r"\$", r"(?s).*#### ", r"\.$"):
+        text = re.sub(pattern, "", text)
+    return text.lower()
+
+
+def standard_error(hits):
+    """Of a mean of 0s and 1s: sqrt(p (1 - p) / (n - 1)); NaN for fewer than two."""
+    n, p = len(hits), statistics.fmean(hits)
+    return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else float("nan")
+
+
+def paired_interval(hits, reference):
+    """(mean of hits - reference, half width of its 95% interval: 1.96 standard errors) over the same questions."""
+    differences = [a - b for a, b in zip(hits, reference)]
+    half = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else float("nan")
+    return statistics.fmean(differences), half
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Questions and prompts
+
+def load_questions(name, limit, shots, seed):
+    """(questions, worked examples), lists of {"question", "answer"}. Test splits; the examples come from elsewhere.
+
+    wordproblems: its test split, examples from its training split. gsm8k: the hub's test and train splits. A JSONL file
+    has no second split: with --shots its first rows, drawn by `seed`, are the examples and are not asked.
+    """
+    if name == "wordproblems":
+        test, train = WordProblems(seed, "test"), WordProblems(seed, "train")
+        return [test[i] for i in range(limit or 200)], [train[i] for i in range(shots)]
+    if name == "gsm8k":
+        rows, train = read_hub("openai/gsm8k", "main", split="test"), []
+        if shots:
+            train = random.Random(seed).sample(read_hub("openai/gsm8k", "main"), shots)
+    elif Path(name).suffix in (".jsonl", ".json"):
+        rows = read_jsonl(name)
+        train = random.Random(seed).sample(rows, min(shots, len(rows)))
+        rows = [row for row in rows if row not in train]
+    else:
+        raise InputError(f"no data {name!r}; --data takes wordproblems, gsm8k or a path to a .jsonl file")
+    if not rows:
+        raise InputError(f"{name} leaves no question to ask")
+    return rows[:limit], train
+
+
+def build_prompt(tokenizer, question, examples, style):
+    """Ids of one question behind its worked examples.
+
+    In the Q: A: formats an example ends "The answer is N.", as gsm8k_cot's do; in the others it is the plain row, and
+    in "chat" all of it is one user message.
+    """
+    if style not in QA_FORMATS:
+        shots = "".join(f"{row['question']}\n\n{row['answer']}\n\n" for row in examples)
+        return tokenizer.prompt(shots + question, style)
+    answers = [re.sub(r"#### (.*)$", r"The answer is \1.", row["answer"]) for row in examples]
+    shots = "".join(f"Q: {row['question']}\nA: {answer}\n\n" for row, answer in zip(examples, answers))
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return bos + tokenizer.encode(shots + QA_FORMATS[style].format(question=question))
+
+
+def strategy_name(k, threshold):
+    return f"static {k}" if threshold is None else f"adaptive {threshold:g}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One batch of questions under one strategy
+
+@torch.inference_mode()
+def loss_under(model, prompt, tokens):
+    """Sum of -log p(token) in nats over `tokens` behind `prompt`, under an ordinary next-token model."""
+    ids = torch.tensor([prompt + tokens], device=model.device)
+    n = ids.shape[1]
+    at = (torch.zeros(len(tokens), dtype=torch.long), torch.arange(len(prompt) - 1, n - 1))
+    causal = torch.ones(n, n, dtype=torch.bool, device=model.device).tril()
+    logits = model(ids, torch.arange(n, device=model.device)[None], causal, at=at)             # (tokens, V)
+    return F.cross_entropy(logits.float(), ids[0, len(prompt):], reduction="sum").item()
+
+
+def score(result, tokenizer, gold, stops, task):
+    """The part of a row that says what was answered and whether it is right. Text ends at the first stop string."""
+    text = tokenizer.decode(result.tokens)
+    for stop in stops:
+        text = text.split(stop)[0]
+    strict, flexible = extract_strict(text, task), extract_flexible(text)
+    return {"text": text, "extracted": flexible, "correct": int(normalise(flexible) == normalise(gold)),
+            "extracted_strict": strict, "correct_strict": int(normalise(strict) == normalise(gold))}
+
+
+def as_generation(row):
+    """A row's Generation again, for the statistics that sample.py keeps."""
+    return Generation(tokens=row["tokens"], chunks=row["chunks"], finish=row["finish"], seconds=row["seconds"],
+                      prompt_seconds=row["prompt_seconds"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+
+def summarise(rows):
+    """{strategy: list of rows} -> one dict per strategy, in order. Compared with "static 1", which must be there."""
+    table, plain = [], rows["static 1"]
+    for name, own in rows.items():
+        generations, batches = [as_generation(row) for row in own], {}
+        for row, generation in zip(own, generations):
+            batches.setdefault(row["batch"], []).append(generation)
+        hits, tokens = [row["correct"] for row in own], sum(len(row["tokens"]) for row in own)
+        per_forward = [g.tokens_per_forward for g in generations]
+        whole, decode = speeds(list(batches.values()))
+        entry = {"strategy": name, "questions": len(own), "accuracy": statistics.fmean(hits), "stderr": standard_error(hits),
+                 "accuracy_strict": statistics.fmean(row["correct_strict"] for row in own),
+                 "tokens_per_forward": statistics.fmean(per_forward),
+                 "tokens_per_forward_std": statistics.stdev(per_forward) if len(own) > 1 else float("nan"),
+                 "tokens_per_second": whole, "tokens_per_second_decoding": decode,
+                 "seconds": sum(max(g.seconds for g in batch) for batch in batches.values()),
+                 "cut_off": statistics.fmean(row["finish"] == "length" for row in own)}
+        if name != "start, k = 1":
+            shared = sum(shared_prefix(a["tokens"], b["tokens"]) for a, b in zip(own, plain))
+            entry |= {"difference": paired_interval(hits, [row["correct"] for row in plain]),
+                      "identical_text": statistics.fmean(a["tokens"] == b["tokens"] for a, b in zip(own, plain)),
+                      "shared_prefix": shared / sum(len(row["tokens"]) for row in plain)}
+        if own[0]["start_loss"] is not None:
+            entry["start_loss"] = sum(row["start_loss"] for row in own) / tokens
+        table.append(entry)
+    reference = next(entry["seconds"] for entry in table if entry["strategy"] == "static 1")
+    for entry in table:
+        entry["speed_up"] = reference / entry["seconds"]
+    return table
+
+
+def markdown(table):
+    """The table for people. Accuracy in percent +- standard error; the difference with its paired 95% interval."""
+    lines = ["| decoding | accuracy | vs k = 1 | tokens per forward | tokens/s (decoding) | time vs k = 1 | cut off "
+             "| same text | before first difference | loss under start |", "|" + "---|" * 10]
+    for e in table:
+        difference = "{:+.1f} +- {:.1f}".format(*(100 * x for x in e["difference"])) if "difference" in e else ""
+        lines.append(
+            f"| {e['strategy']} | {100 * e['accuracy']:.1f} +- {100 * e['stderr']:.1f} | {difference} | "
+            f"{e['tokens_per_forward']:.2f} +- {e['tokens_per_forward_std']:.2f} | {e['tokens_per_second']:.1f} "
+            f"({e['tokens_per_second_decoding']:.1f}) | {e['speed_up']:.2f}x | {100 * e['cut_off']:.0f}% | "
+            + (f"{100 * e['identical_text']:.0f}% | {100 * e['shared_prefix']:.0f}%" if "identical_text" in e else " | ")
+            + (f" | {e['start_loss']:.3f} |" if "start_loss" in e else " | |"))
+    return "\n".join(lines) + "\n"
+
+
+def pareto_plot(table, path):
+    """Accuracy against tokens per forward (the paper's figure 5 in form): static and adaptive, with standard errors."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for kind, colour, marker in (("static", "#E69F00", "s"), ("adaptive", "#0072B2", "o"), ("start", "#000000", "*")):
+        points = sorted((e["tokens_per_forward"], 100 * e["accuracy"], 100 * e["stderr"], e["strategy"])
+                        for e in table if e["strategy"].startswith(kind))
+        if points:
+            x, y, error, names = zip(*points)
+            axis.errorbar(x, y, error, color=colour, marker=marker, capsize=3, label=kind)
+            for x, y, name in zip(x, y, names):
+                axis.annotate(name.split()[-1], (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour)
+    axis.set(xlabel="tokens per forward", ylabel="accuracy, %", title=f"{table[0]['questions']} questions")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows on disk
+
+def fingerprint(folder):
+    """Tells checkpoints apart: a hash over names, sizes and the first and last megabyte of the weight files."""
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
+        with open(file, "rb") as handle:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + handle.read(2 ** 20))
+            handle.seek(-min(2 ** 20, file.stat().st_size), os.SEEK_END)
+            digest.update(handle.read())
+    return digest.hexdigest()[:16]
+
+
+def open_rows(path, settings, resume):
+    """Rows of whole batches that an earlier run left in `path`, and the file, open to append more.
+
+    The first line holds the settings. Raises InputError if the file exists without --resume, or holds other settings.
+    """
+    kept = {}
+    if path.exists():
+        if not resume:
+            raise InputError(f"{path} exists: add --resume to go on, or choose another --out")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        was = json.loads(lines[0]) if lines else {}
+        changed = [key for key in settings if was.get(key) != settings[key]]
+        if changed:
+            raise InputError(f"{path} was made with {changed[0]} {was.get(changed[0])}, not {settings[changed[0]]}: "
+                             "choose another --out")
+        rows = []
+        for line in lines[1:]:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:                                          # the line that a killed run was writing
+                break
+        for row in rows:
+            kept.setdefault((row["strategy"], row["batch"]), []).append(row)
+        kept = {key: batch for key, batch in kept.items() if len(batch) == batch[0]["batch_rows"]}
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for row in [settings, *(row for batch in kept.values() for row in batch)]:
+            file.write(json.dumps(row) + "\n")
+    temporary.replace(path)
+    return kept, open(path, "a", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def get_args():
+    parser = ArgumentParser(prog="eval_gsm8k.py", description=__doc__)
+    add = parser.add_argument_group("what to ask").add_argument
+    add("--data", default="gsm8k", help="gsm8k (hub, test split), wordproblems (unseen ones) or a JSONL file (%(default)s)")
+    add("--limit", type=int, help="only the first N questions (all; 200 word problems)")
+    add("--shots", type=int, default=0, help="worked examples in front of each question (%(default)s)")
+    add("--prompt-format", choices=["plain", "chat", *QA_FORMATS], help="default: what the checkpoint was trained with")
+    add("--stop", nargs="*", help="strings that end an answer (none; in the qa formats: " + " ".join(QA_STOPS) + ")")
+    add("--seed", type=int, default=0, help="which word problems, which examples (%(default)s)")
+    add = parser.add_argument_group("decoding strategies").add_argument
+    add("--k", type=int, nargs="+", help="static k, one or several (1 to 5, up to k_max, where --threshold is absent too)")
+    add("--threshold", type=float, nargs="+", help="adaptive, one or several (0.99 0.95 0.9 0.8 0.7 0.6)")
+    add("--max-new-tokens", type=int, default=256, help="(%(default)s)")
+    add("--batch-size", type=int, default=8, help="questions decoded together (%(default)s)")
+    add = parser.add_argument_group("models, files, machine").add_argument
+    add("--model", help="a trained checkpoint (out/latest if there is one)")
+    add("--baseline", help="the start checkpoint: its own k = 1, and the loss of every text under it")
+    add("--out", default="out-eval", help="folder for rows, table and plot (%(default)s)")
+    add("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with what is in --out")
+    add("--cache", help="where converted checkpoints are kept ($NANOMTP_CACHE or ~/.cache/nanomtp)")
+    add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is fast (%(default)s)")
+    args = parser.parse_args()
+    for name in ("limit", "max_new_tokens", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.shots < 0:
+        raise InputError("--shots must be at least 0")
+    return args
+
+
+def main():
+    args = get_args()
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    questions, examples = load_questions(args.data, args.limit, args.shots, args.seed)
+    name = args.model or default_model()
+    model, tokenizer, trained = load(name, device, dtype, args.cache)
+    k_max = trained.get("k_max", 1)
+    style = args.prompt_format or trained.get("prompt_format") or ("chat" if tokenizer.chat else "plain")
+    stops = args.stop if args.stop is not None else QA_STOPS if style in QA_FORMATS else []
+    task = "gsm8k_cot" if style in QA_FORMATS else "gsm8k"
+    prompts = [build_prompt(tokenizer, row["question"], examples, style) for row in questions]
+    golds = [row["answer"].split("####")[-1].strip() for row in questions]
+
+    # --- strategies: (name, model, k, threshold); k = 1 always comes first, all others are compared with it
+    ks, thresholds = args.k or [], args.threshold or []
+    if not ks and not thresholds:
+        ks = range(1, min(5, k_max) + 1)
+        thresholds = [0.99, 0.95, 0.9, 0.8, 0.7, 0.6] if k_max > 1 else []
+    pairs = [(1, None)] + [strategy(k, None, k_max) for k in ks if k != 1] + [strategy(None, t, k_max) for t in thresholds]
+    plan = [(strategy_name(*pair), model, *pair) for pair in dict.fromkeys(pairs)]
+    start = load(args.baseline, device, dtype, args.cache)[0] if args.baseline else None
+    if start is not None:
+        plan.insert(0, ("start, k = 1", start, 1, None))
+
+    settings = {"checkpoint": fingerprint(resolve(name, args.cache)), "data": args.data, "questions": len(questions),
+                "shots": args.shots, "prompt_format": style, "stop": stops, "seed": args.seed,
+                "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "dtype": str(dtype).split(".")[1],
+                "baseline": fingerprint(resolve(args.baseline, args.cache)) if args.baseline else None}
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        done, file = open_rows(out / "rows.jsonl", settings, args.resume)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}") from None
+    print(f"{len(questions)} questions, {len(plan)} strategies; the first prompt:\n\n{tokenizer.decode(prompts[0])}\n")
+
+    # --- ask everything
+    rows = {strategy: [] for strategy, *_ in plan}
+    bar = tqdm(total=len(plan) * len(prompts), unit="answer", dynamic_ncols=True)
+    for strategy_, writer, k, threshold in plan:
+        for at in range(0, len(prompts), args.batch_size):
+            batch = done.get((strategy_, at))
+            if batch is None:
+                some = prompts[at:at + args.batch_size]
+                mask_id = None if writer is start else tokenizer.mask_id        # the start's matrix may lack its row
+                results = generate(writer, some, k, threshold, mask_id, tokenizer.stop_ids,
+                                   args.max_new_tokens, stops, tokenizer.decode)
+                batch = [{"id": at + i, "strategy": strategy_, "batch": at, "batch_rows": len(some), **asdict(result),
+                          **score(result, tokenizer, golds[at + i], stops, task), "gold": golds[at + i],
+                          "start_loss": start and loss_under(start, some[i], result.tokens)}
+                         for i, result in enumerate(results)]
+                file.write("".join(json.dumps(row) + "\n" for row in batch))
+                file.flush()
+            rows[strategy_] += batch
+            bar.update(len(batch))
+            hits, all_rows = [row["correct"] for row in rows[strategy_]], rows[strategy_]
+            per_forward = statistics.fmean(len(row["tokens"]) / len(row["chunks"]) for row in all_rows)
+            bar.set_postfix_str(f"{strategy_}: {statistics.fmean(hits):.1%} right, {per_forward:.2f} tokens per forward")
+    bar.close()
+
+    table = summarise(rows)
+    write_json(out / "table.json", {"settings": settings, **machine(device), "table": table})
+    (out / "table.md").write_text(markdown(table), encoding="utf-8")
+    pareto_plot(table, out / "pareto.png")
+    print(f"\n{markdown(table)}\n{out}/table.md, table.json, pareto.png, rows.jsonl")
+
+
+if __name__ == "__main__":
+    run(main)
