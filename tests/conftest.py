@@ -1,14 +1,16 @@
 """
 Shared by all tests: tiny random checkpoints, and the real SmolLM2 where it can be had.
 
-    from conftest import tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+    from conftest import tiny_checkpoint, tiny_config, tiny_model
     folder = tiny_checkpoint(tmp_path, "qwen3", tied=False)     # opens in our code and in transformers
 
     def test_something(tiny): ...                               # one such folder, shared: read it, never write to it
     def test_something(smollm2): ...                            # the real model's folder, or the test is skipped
 
-The weights come from transformers, never from our own code: what we compare with must not share our mistakes.
+Weights and tokenizer come from transformers and tokenizers, never from our own code: what we compare with must not
+share our mistakes.
 """
+import json
 import os
 import sys
 from pathlib import Path
@@ -32,6 +34,10 @@ CHATML = ("{% for message in messages %}"
           "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 TINY_VOCAB = len(CONTROL) + 256 + len(MERGES)                   # 300: the tiny tokenizer uses every row of the matrix
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
 def tiny_config(family="llama", tied=True, **overrides):
@@ -69,19 +75,30 @@ def tiny_model(folder, config, seed=0, **save):
     return model
 
 
+def tiny_vocabulary():
+    """The 300 tokens of the tiny tokenizer, by id: 3 control tokens, 256 bytes, one for each of MERGES."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = CONTROL + sorted(ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES]
+    assert len(set(tokens)) == TINY_VOCAB
+    return tokens
+
+
 def tiny_tokenizer(folder):
     """Write tokenizer.json, tokenizer_config.json and generation_config.json: 300 ids, SmolLM2's two splits, ChatML."""
-    from tokenizer import byte_alphabet
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    tokens = CONTROL + list(byte_alphabet()) + [merge.replace(" ", "") for merge in MERGES]
-    tokenizer = pretrained.gguf_tokenizer(tokens, [3] * len(CONTROL) + [1] * (len(tokens) - len(CONTROL)), MERGES)
-    assert len(set(tokens)) == TINY_VOCAB
-    pretrained.write_json(Path(folder) / "tokenizer.json", tokenizer)
-    pretrained.write_json(Path(folder) / "tokenizer_config.json", {
+    vocabulary = {token: i for i, token in enumerate(tiny_vocabulary())}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in MERGES]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(CONTROL)
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    write_json(Path(folder) / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "clean_up_tokenization_spaces": False,
         "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML})
-    pretrained.write_json(Path(folder) / "generation_config.json", {
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
+    write_json(Path(folder) / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
 
 
 def tiny_checkpoint(folder, family="llama", tied=True, seed=0, **overrides):

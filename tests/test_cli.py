@@ -435,16 +435,15 @@ def test_sample_default_model(tiny, trained, tmp_path, monkeypatch, decoded):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "smollm2-135m").symlink_to(tiny)          # as if it had been fetched before
     assert sample.default_model() == "smollm2-135m"
-    result = cli(sample, "x", "--max-new-tokens", 1, "--cache", tmp_path / "cache")
-    assert result.code == 0 and "has not been trained" in result.out
-    monkeypatch.setenv("NANOMTP_CACHE", str(tmp_path / "cache"))
-    assert "has not been trained" in cli(sample, "x", "--max-new-tokens", 1).out
+    for flags in (["--cache", tmp_path / "cache"], []):             # the second time by the environment variable
+        assert "has not been trained" in cli(sample, "x", "--max-new-tokens", 1, *flags).out
+        assert decoded.pop().model.config.vocab_size == TINY_VOCAB  # this cache, and not one that is really there
+        monkeypatch.setenv("NANOMTP_CACHE", str(tmp_path / "cache"))
     (tmp_path / "out").mkdir()                                      # a run that has saved nothing yet
     assert sample.default_model() == "smollm2-135m"
     (tmp_path / "out" / "latest").symlink_to((trained / "latest").resolve())
     assert sample.default_model() == "out/latest"
-    decoded.clear()
-    assert "has not been trained" not in cli(sample, "x", "--max-new-tokens", 1).out and decoded[0].k == 3
+    assert "has not been trained" not in cli(sample, "x", "--max-new-tokens", 1).out and decoded.pop().k == 3
 
 
 # --- printing
@@ -695,6 +694,7 @@ def test_train_default_model_comes_from_the_cache(tiny, sums, tmp_path, monkeypa
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "smollm2-135m").symlink_to(tiny)
     assert cli(training, "--cache", tmp_path / "cache", "--data", sums, *QUICK, "--steps", 1).code == 0
+    assert events(tmp_path / "out", "start")[0]["parameters"] < 1e6         # this cache, not one that is really there
     assert steps_kept(tmp_path / "out") == ["latest", "step-1"] and sample.default_model() == "out/latest"
     assert "[2|" in cli(sample, "1 + 1", "--k", 2, "--max-new-tokens", 2).out
 

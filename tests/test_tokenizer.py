@@ -359,6 +359,18 @@ def test_encode_never_yields_control_tokens(ours, theirs):
     assert controls & set(reference_ids(theirs, "".join(ours.control)))     # the library itself would let them in
 
 
+def test_a_control_token_that_looks_like_a_word(changed):
+    """Most control tokens fall apart at "<|". One that is a single piece, and in the vocabulary, must not be found."""
+    def promote(described):
+        described["added_tokens"].append(described["added_tokens"][0] | {
+            "content": "ing", "id": described["model"]["vocab"]["ing"]})
+
+    tokenizer = Tokenizer(changed("tiny", ("tokenizer.json", promote)))
+    for text in ("ing", "swing", "in the ing"):
+        assert tokenizer.control["ing"] not in tokenizer.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 @pytest.mark.parametrize("style", ["plain", "chat"])
 def test_questions_cannot_place_control_tokens(ours, style):
     controls = set(ours.control.values())
