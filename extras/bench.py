@@ -33,15 +33,15 @@ def decode_ours(model, mask_id, prompt, count):
 def decode_theirs(model, prompt, count):
     """The same of transformers' greedy generate, with its own cache and defaults."""
     stamps, settings = [], copy.deepcopy(model.generation_config)
-    settings.eos_token_id = None
+    settings.eos_token_id, settings.do_sample, settings.max_new_tokens = None, False, count
 
     def stamp(ids, scores, **_):
         stamps.append(time.perf_counter())
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     ids = torch.tensor([prompt], device=model.device)
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, do_sample=False,
-                            max_new_tokens=count, stopping_criteria=[stamp])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
+                            stopping_criteria=[stamp])
     return output[0, len(prompt):].tolist(), stamps[-1] - stamps[0]
 
 

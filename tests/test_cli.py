@@ -648,12 +648,18 @@ def test_train_stride_k_and_curriculum(tiny, sums, tmp_path):
 
 
 def test_train_overfit(tiny, sums, tmp_path, monkeypatch):
-    """--overfit N: N rows, over and over, and it is those that are evaluated."""
-    draw, drawn = training.draw_rows, []
-    monkeypatch.setattr(training, "draw_rows", lambda *args: drawn.extend(rows := draw(*args)) or rows)
+    """--overfit N: N rows, over and over, in an order that follows --seed, and it is those that are evaluated."""
+    draw, drawn, seeds = training.draw_rows, [], set()
+
+    def spy(rows, batch_size, step, seed):
+        seeds.add(seed)
+        drawn.extend(chosen := draw(rows, batch_size, step, seed))
+        return chosen
+
+    monkeypatch.setattr(training, "draw_rows", spy)
     assert cli(training, "--model", tiny, "--data", sums, *QUICK, "--overfit", 3, "--steps", 4, "--eval-every", 4,
-               "--eval-tokens", 2, "--out", tmp_path / "out").code == 0
-    assert len(drawn) == 10 and len({row["question"] for row in drawn}) == 3
+               "--eval-tokens", 2, "--seed", 4, "--out", tmp_path / "out").code == 0
+    assert len(drawn) == 10 and len({row["question"] for row in drawn}) == 3 and seeds == {4}
     assert {row["prompts"] for row in events(tmp_path / "out", "eval")} == {3}
 
 
@@ -667,14 +673,24 @@ def test_train_minutes_stops_early_and_saves(tiny, sums, tmp_path):
     assert {row["lr"] for row in events(out, "train")} == {2e-4}    # the cool-down begins at step 50,000
 
 
-def test_train_seed_dtype_device_and_formats(tiny, tmp_path):
+def test_train_seed_dtype_device_and_formats(tiny, tmp_path, monkeypatch):
     """One seed is one run; another seed or format is another one; bf16 is nearly the same run, saved as fp32."""
+    forward, dtypes = training.Transformer.forward, set()
+
+    def spy(*args, **more):
+        logits = forward(*args, **more)
+        dtypes.add(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(training.Transformer, "forward", spy)
     common = ("--data", "wordproblems", "--k", 3, "--batch-size", 2, "--seq-len", 200, "--eval-every", 0, "--steps", 2,
               "--log-every", 1, "--device", "cpu")
     losses = {}
     for name, flags in {"a": ["--dtype", "fp32"], "b": ["--dtype", "fp32"], "seed": ["--dtype", "fp32", "--seed", 1],
                         "bf16": ["--dtype", "bf16"], "plain": ["--dtype", "fp32", "--prompt-format", "plain"]}.items():
+        dtypes.clear()
         assert cli(training, "--model", tiny, *common, *flags, "--out", tmp_path / name).code == 0
+        assert dtypes == {torch.bfloat16 if name == "bf16" else torch.float32}          # of the student and the teacher
         losses[name] = [row["loss"] for row in events(tmp_path / name, "train")]
     assert losses["a"] == losses["b"] and losses["a"] != losses["seed"] and losses["a"] != losses["plain"]
     assert losses["a"] != losses["bf16"] and losses["a"] == pytest.approx(losses["bf16"], rel=0.1)
