@@ -404,6 +404,14 @@ def test_chat_prompts(name, changed, request):
         assert tokenizer.prompt(question, "chat") == reference_ids(reference, RENDERED[name].replace("USER", said))
 
 
+def test_plain_prompts(ours, theirs):
+    """The blank line is part of the text: behind a "." or a newline it may belong to the same token."""
+    for question in [*QUESTIONS, "How many?", "end.", "a line\n", "x  "]:
+        ids = ours.prompt(question, "plain")
+        bos = [ours.bos_id] if ours.bos_id is not None else []
+        assert ids == bos + reference_ids(theirs, question + "\n\n")
+
+
 def test_where_a_template_may_be_kept(changed):
     """In tokenizer_config.json as a string or a list of named ones, or in a file of its own, which then decides."""
     def named(settings):
@@ -524,7 +532,8 @@ def test_end_token(changed):
     def as_dict(settings):                                      # transformers 4 may write tokens as objects
         settings["eos_token"] = {"content": "<|im_end|>", "lstrip": False, "special": True}
 
-    assert Tokenizer(changed("tiny", ("tokenizer_config.json", as_dict))).end_id == 2
+    several = ("generation_config.json", lambda parsed: parsed.update(eos_token_id=[1, 2]))
+    assert Tokenizer(changed("tiny", ("tokenizer_config.json", as_dict), several)).end_id == 2
     # no eos_token: one of the stop ids
     nameless = ("tokenizer_config.json", lambda settings: settings.pop("eos_token"))
     tokenizer = Tokenizer(changed("tiny", nameless, ("generation_config.json", lambda parsed: parsed.update(
@@ -659,8 +668,8 @@ REFUSED = {
     "grouped digits": ("tiny", set_split(individual_digits=False), "pre-tokenizer"),
     "a second regex": ("llama3", set_bytes(use_regex=True), "pre-tokenizer"),
     "prefix space": ("llama3", set_bytes(add_prefix_space=True), "pre-tokenizer"),
-    "three steps": ("tiny", lambda described: described["pre_tokenizer"]["pretokenizers"].append(
-        {"type": "Whitespace"}), "pre-tokenizer"),
+    "three steps": ("tiny", lambda described: described["pre_tokenizer"]["pretokenizers"].insert(
+        1, {"type": "Whitespace"}), "pre-tokenizer"),
     "byte_fallback": ("qwen", set_model(byte_fallback=True), "byte-level BPE"),
     "unigram": ("qwen", set_model(type="Unigram"), "byte-level BPE"),
     "NFKC": ("qwen", lambda described: described.update(normalizer={"type": "NFKC"}), "NFKC"),
