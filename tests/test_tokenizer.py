@@ -323,14 +323,13 @@ def test_a_missing_byte_leaves_a_gap(without_a_byte):
         assert ours.encode(text) == reference_ids(theirs, text)
 
 
-@pytest.mark.xfail(strict=True, reason="tokenizers drops the byte before merging, we drop it after: '..' stays '.' '.'")
-@pytest.mark.parametrize("text", [".\x04.", "what .\x04. is"])
-def test_a_missing_byte_between_characters_that_merge(without_a_byte, text):
+def test_a_missing_byte_between_characters_that_merge(without_a_byte):
+    """The one difference that is left: tokenizers drops the byte before merging, so '..' becomes one token; not so here."""
     ours, theirs = without_a_byte
-    assert ours.encode(text) == reference_ids(theirs, text)
+    assert ours.encode(".\x04.") == ours.encode(".") * 2
+    assert reference_ids(theirs, ".\x04.") == ours.encode("..") != ours.encode(".") * 2
 
 
-@pytest.mark.xfail(strict=True, reason="stand-ins for missing bytes use the first free ids, the mask token's too")
 def test_ids_that_no_token_uses_are_silent(without_a_byte):
     assert without_a_byte[0].decode([without_a_byte[0].free_id]) == ""
 
