@@ -155,6 +155,7 @@ class WordProblems:
     """
 
     def __init__(self, seed, split="train"):
+        assert split in ("train", "validation", "test"), split
         self.seed, self.split = seed, split
 
     def __len__(self):
@@ -184,8 +185,11 @@ def clean_row(row, where):
                 texts = row[question], row[answer]
                 if not all(isinstance(text, str) and text.strip() for text in texts):
                     raise InputError(f"{where}: {question!r} and {answer!r} must be non-empty strings")
+                group = row.get("original_question") or texts[0]
+                if not isinstance(group, str):
+                    raise InputError(f"{where}: 'original_question' must be a string")
                 answer = re.sub(r"<<[^<>\n]*>>", "", texts[1]) if answer == "answer" else texts[1]
-                return {"question": texts[0], "answer": answer, "group": row.get("original_question") or texts[0]}
+                return {"question": texts[0], "answer": answer, "group": group}
     raise InputError(f"{where}: expected an object with " + ", ".join("/".join(pair) for pair in FIELDS))
 
 

@@ -280,7 +280,8 @@ def get_args():
     add("--limit", type=int, help="only the first N questions (all; 200 word problems)")
     add("--shots", type=int, default=0, help="worked examples in front of each question (%(default)s)")
     add("--prompt-format", choices=["plain", "chat", *QA_FORMATS], help="default: what the checkpoint was trained with")
-    add("--stop", nargs="*", help="strings that end an answer (none; in the qa formats: " + " ".join(QA_STOPS) + ")")
+    add("--stop", action="append", help="a string that ends an answer; may be given several times (none; in the qa "
+        "formats: " + " ".join(QA_STOPS) + ")")
     add("--seed", type=int, default=0, help="which word problems, which examples (%(default)s)")
     add = parser.add_argument_group("decoding strategies").add_argument
     add("--k", type=int, nargs="+", help="static k, one or several (1 to 5, up to k_max, where --threshold is absent too)")
@@ -299,6 +300,8 @@ def get_args():
     for name in ("limit", "max_new_tokens", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    if "" in (args.stop or []):
+        raise InputError("--stop must not be empty")
     if args.shots < 0:
         raise InputError("--shots must be at least 0")
     return args

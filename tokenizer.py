@@ -139,7 +139,8 @@ class Tokenizer:
             token = settings.get(name)
             return added.get(token.get("content") if isinstance(token, dict) else token)
 
-        stops = self.files["generation_config.json"].get("eos_token_id", config.get("eos_token_id"))
+        stops = self.files["generation_config.json"].get("eos_token_id")
+        stops = config.get("eos_token_id") if stops is None else stops
         self.stop_ids = set(stops if isinstance(stops, list) else [stops]) - {None}
         self.end_id = id_of("eos_token") if id_of("eos_token") is not None else min(self.stop_ids, default=None)
         if self.end_id is None:

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from data import draw_rows, encode_rows, load_data
 from model import DTYPES, Transformer, add_mask_token, machine, pick_device, pick_dtype, save_pretrained
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, new_folder, resolve, run
-from sample import chunks_of, generate, shared_prefix
+from sample import chunks_of, generate, printable, shared_prefix
 from tokenizer import Tokenizer
 
 TEXT, PADDING = -1, -2                  # values of `region` for tokens that belong to none
@@ -214,7 +214,8 @@ def save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id):
     link = out / f".latest-{os.getpid()}"
     link.symlink_to(folder.name)
     link.replace(out / "latest")
-    for old in sorted(out.glob("step-*"), key=lambda path: int(path.name[5:]))[:-2]:
+    steps = [path for path in out.glob("step-*") if path.name[5:].isdigit()]
+    for old in sorted(steps, key=lambda path: int(path.name[5:]))[:-2]:
         shutil.rmtree(old)
     return folder
 
@@ -275,8 +276,10 @@ def get_args():
     for name, least in at_least.items():
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
-    if not (args.lr > 0 and args.clip > 0 and (args.minutes is None or args.minutes > 0)):
+    if not (0 < args.lr < math.inf and args.clip > 0 and (args.minutes is None or args.minutes > 0)):
         raise InputError("--lr, --clip and --minutes must be above 0")
+    if not 0 <= args.weight_decay < math.inf:
+        raise InputError("--weight-decay must be at least 0")
     return args
 
 
@@ -286,9 +289,9 @@ def main():
     # --- where to: refuse before any long work what would overwrite a run or mix two up
     out = Path(args.out)
     resuming = args.resume and (out / "latest").exists()
-    if (out / "latest").exists() and not args.resume:
-        raise InputError(f"{out} already holds {(out / 'latest').resolve().name}: add --resume to go on, "
-                         "or choose another --out")
+    there = sorted(path.resolve().name for path in [*out.glob("latest"), *out.glob("step-*")])
+    if there and not args.resume:
+        raise InputError(f"{out} already holds {there[-1]}: add --resume to go on, or choose another --out")
     if args.resume and not resuming:
         print(f"nothing to resume in {out}: starting anew")
 
@@ -318,6 +321,9 @@ def main():
     torch.set_float32_matmul_precision("high")
     student = Transformer.from_pretrained(out / "latest" if resuming else start, torch.float32, device)
     teacher = Transformer.from_pretrained(start, dtype, device).requires_grad_(False)
+    if args.seq_len > student.config.max_position_embeddings:
+        raise InputError(f"--seq-len {args.seq_len} is beyond the model's context of "
+                         f"{student.config.max_position_embeddings} tokens")
     if tokenizer.mask_id is None and not resuming:
         add_mask_token(student, mask_id, args.seed)
     optimizer = torch.optim.AdamW(
@@ -376,7 +382,7 @@ def main():
             result = evaluate(student, tokenizer, eval_prompts, args, mask_id)
         record("eval", step, minutes=minutes(), **result)
         tqdm.write(f"step {step}: {result['tokens_per_forward']:.2f} tokens per forward at threshold 0.9, "
-                   f"{result['agreement_with_k1']:.0%} of the text as with k = 1\n{result['sample']}\n")
+                   f"{result['agreement_with_k1']:.0%} of the text as with k = 1\n{printable(result['sample'])}\n")
 
     # --- the loop. Ctrl-C finishes the step and saves; a second one stops at once.
     interrupted = []
@@ -422,7 +428,7 @@ def main():
         if step % args.save_every == 0:
             saved = save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id)
     bar.close()
-    if saved is None or saved.name != f"step-{step}":
+    if step > first_step and (saved is None or saved.name != f"step-{step}"):
         saved = save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id)
     record("end", step, minutes=minutes(), interrupted=bool(interrupted))
     print(f"{step} steps; the newest checkpoint is {saved} (python sample.py --model {out})")

@@ -300,8 +300,8 @@ def decoded(monkeypatch):
 
 
 def plain(text):
-    """Text without what printing may change: half characters, and the escape character."""
-    return re.sub("[\ufffd\x1b?]", "", text)
+    """Text without what printing may change: half characters, and control characters."""
+    return re.sub("[\ufffd\x00-\x08\x0b-\x1f\x7f-\x9f?]", "", text)
 
 
 def assert_report(out, results, tokenizer):

@@ -136,7 +136,8 @@ def test_blank_lines_are_skipped_and_counted(tmp_path):
     '{"question": "a", "answer": "b"', "not json", "[1, 2]", '"question answer"', "null", "7", "{}",
     '{"question": "a"}', '{"question": "a", "response": "b"}', '{"question": "a", "answer": ""}',
     '{"question": " \\n", "answer": "b"}', '{"question": 1, "answer": "b"}', '{"question": "a", "answer": null}',
-    '{"question": "a", "answer": ["b"]}', '{"query": "a", "response": 5, "original_question": "c"}'])
+    '{"question": "a", "answer": ["b"]}', '{"query": "a", "response": 5, "original_question": "c"}',
+    '{"query": "a", "response": "b", "original_question": 5}'])
 def test_malformed_row_is_named_by_file_and_line(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "a", "answer": "b"}\n' + line + "\n", encoding="utf-8")

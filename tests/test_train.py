@@ -330,3 +330,25 @@ def test_resume_refuses_other_settings(tiny, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="already holds step-1"):
         run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 2, "--out", out)
     assert (out / "latest").resolve().name == "step-1"
+
+
+def test_more_refusals(tiny, tmp_path, monkeypatch):
+    """Settings that would train in silence on what the model does not have, or grow its weights."""
+    for flags, words in ((["--seq-len", 5000], "context"), (["--weight-decay", -1], "weight-decay"),
+                         (["--lr", "inf"], "--lr"), (["--device", "meta"], "no device")):
+        with pytest.raises(InputError, match=words):
+            run_train(monkeypatch, "--model", tiny, *SHORT, *flags, "--out", tmp_path / "out")
+
+
+def test_a_step_saved_again_replaces_the_old_one(tiny, tmp_path, monkeypatch):
+    """Killed between the folder and `latest`: refused without --resume; with it, the run's own weights are what stays."""
+    out = tmp_path / "out"
+    run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 1, "--seed", 1, "--out", out)
+    before = Transformer.from_pretrained(out / "step-1").state_dict()["model.norm.weight"]
+    (out / "latest").unlink()
+    (out / "step-old").mkdir()                                      # somebody's own folder: not ours to count or delete
+    with pytest.raises(InputError, match="already holds"):
+        run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 1, "--out", out)
+    run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 1, "--out", out, "--resume")
+    after = Transformer.from_pretrained(out / "latest").state_dict()["model.norm.weight"]
+    assert not torch.equal(before, after) and (out / "step-old").is_dir()
