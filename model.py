@@ -380,7 +380,9 @@ def machine(device):
         except OSError:
             return ""
 
+    script = Path(sys.argv[0])                                              # named as it is called, without its folder
+    script = f"-m extras.{script.stem}" if script.parent.name == "extras" else script.name
     cpu = next((line.split(":", 1)[1].strip() for line in said("lscpu").splitlines() if "Model name" in line), "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
     return {"device": f"{device.type}: {name}", "torch": torch.__version__, "python": platform.python_version(),
-            "commit": said("git", "describe", "--always", "--dirty"), "command": "python " + " ".join(sys.argv)}
+            "commit": said("git", "describe", "--always", "--dirty"), "command": " ".join(["python", script, *sys.argv[1:]])}
