@@ -210,7 +210,10 @@ def save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id):
         save_pretrained(student, temporary, {"mask_token_id": mask_id, "k_max": args.k, "bidirectional": False,
                                              "prompt_format": args.prompt_format, "steps": step})
         tokenizer.save(temporary, mask_id)
-        torch.save({"step": step, "args": vars(args), "optimizer": optimizer.state_dict()}, temporary / "trainer.pt")
+        try:
+            torch.save({"step": step, "args": vars(args), "optimizer": optimizer.state_dict()}, temporary / "trainer.pt")
+        except RuntimeError:                                            # how torch's writer reports a short write
+            raise OSError("the optimizer's state could not be written whole; is the disk full?") from None
     link = out / f".latest-{os.getpid()}"
     link.symlink_to(folder.name)
     link.replace(out / "latest")
