@@ -28,130 +28,238 @@ FIELDS = (("question", "answer"), ("prompt", "response"), ("query", "response"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Word problems. Each structure draws its numbers and names from `rng` and returns (question, lines of the solution,
-# answer). Phrasing is easy to predict and arithmetic is not: confident runs and hard tokens alternate, as in GSM8K.
+# Word problems: a small world for experiments. Phrasing is easy to predict and arithmetic is not: confident runs and hard
+# tokens alternate, as in GSM8K. A structure is (question, numbers, step, ...):
+#
+#   question    {A} {B} {C} people, {x} {y} things, {box} a container, {place}; [one wording|another]
+#   numbers     drawn from left to right: "n 2-9" uniformly, "t = n * e" by a rule
+#   step        "c = a + b: a line of the solution", in which {c} is written out as "3 + 4 = 7"
+#
+# A draw with a number that is not whole or below 1 is thrown away. Arithmetic is bounded by what a model of two million
+# parameters can learn: sums and differences mostly below 200, products from the table up to 12 * 12 or doubled numbers.
 
-NAMES = ["Ava", "Ben", "Carla", "Dev", "Elif", "Finn", "Grace", "Hugo", "Ines", "Jamal", "Kira", "Liam", "Mona", "Noah"]
-THINGS = ["apples", "marbles", "stickers", "books", "shells", "pencils", "coins", "buttons", "cards", "beads"]
-PLACES = ["the market", "school", "the park", "the library", "the fair", "the beach"]
+NAMES = ("Ava Ben Carla Dev Elif Finn Grace Hugo Ines Jamal Kira Liam Mona Noah Olga Paul Rosa Sam Tara Umar Vera Wen "
+         "Yara Zoe").split()
+THINGS = ("apples marbles stickers books shells pencils coins buttons cards beads stamps stones cookies ribbons candles "
+          "flowers balloons lemons toys brushes").split()
+BOXES = "bag jar basket crate pack tin".split()
+PLACES = ["the market", "school", "the park", "the library", "the fair", "the beach", "the zoo"]
+
+STRUCTURES = (
+    # --- one step
+    ("{A} has {a} {x}. {B} [gives {A}|brings {A}] {b} more. How many {x} does {A} have now?",
+     "a 5-90, b 3-60", "c = a + b: With the new ones {A} has {c} {x}."),
+    ("{A} [had|took] {a} {x} and lost {b} of them [at|on the way to] {place}. How many {x} does {A} still have?",
+     "a 10-120, b 3-90", "c = a - b: After the loss {A} still has {c} {x}."),
+    ("{A} [buys|carries] {n} {box}s with {e} {x} in each. How many {x} is that?",
+     "n 2-12, e 2-12", "t = n * e: In all the {box}s there are {t} {x}."),
+    ("{A} [shares|divides] {t} {x} equally among {n} friends. How many {x} does each friend get?",
+     "n 2-12, e 2-12, t = n * e", "g = t / n: Each friend gets {g} {x}."),
+    ("{A} has {a} {x} and {B} has {b}. How many more {x} does {A} have[| than {B}]?",
+     "a 10-120, b 3-90", "c = a - b: {A} has {c} more {x} than {B}."),
+    ("There are {a} {x} and {b} {y} on the table. How many things are [on it|there]?",
+     "a 5-90, b 5-90", "c = a + b: On the table there are {c} things."),
+    ("At {place} {x} [cost|sell for] ${p} each. How many dollars do {n} {x} cost?",
+     "p 2-12, n 2-12", "t = n * p: Together the {x} cost {t} dollars."),
+    ("{A} packs {t} {x} into {box}s of {e}. How many {box}s does {A} [fill|need]?",
+     "e 2-12, n 2-12, t = n * e", "m = t / e: The {x} fill {m} {box}s."),
+    ("{A} [walks|runs|rides] {e} km every day. How many km is that in {n} days?",
+     "e 2-12, n 2-12", "t = n * e: In {n} days {A} covers {t} km."),
+    ("{A} is {a} years old. {B} is {b} years older[| than {A}]. How old is {B}?",
+     "a 3-60, b 2-40", "c = a + b: The age of {B} is {c} years."),
+    # --- two steps
+    ("{A} has {a} {x}. {B} gives {A} {b} more. Then {A} loses {c} of them at {place}. How many {x} [are left|does {A} "
+     "have left]?",
+     "a 10-60, b 5-40, c 2-60", "s = a + b: After the gift {A} has {s} {x}.",
+     "r = s - c: After the loss {A} has {r} {x}."),
+    ("{A} buys {n} {box}s with {e} {x} in each and gives {b} {x} to {B}. How many {x} does {A} keep?",
+     "n 2-12, e 2-12, b 1-60", "t = n * e: The {box}s hold {t} {x}.",
+     "r = t - b: After giving some away {A} keeps {r} {x}."),
+    ("{A} [collected|found] {a} {x}. {B} [collected|found] {n} times as many. How many {x} do they have together?",
+     "a 2-12, n 2-12", "b = a * n: {B} has {b} {x}.", "s = a + b: Together they have {s} {x}."),
+    ("{A} has {t} {x}, keeps {b} and shares the rest equally among {n} friends. How many {x} does each friend get?",
+     "n 2-12, e 2-12, b 1-30, r = n * e, t = r + b", "s = t - b: There are {s} {x} to share.",
+     "g = s / n: So each friend gets {g} {x}."),
+    ("At {place} {A} buys {n} {x} for ${p} each and pays with ${m}. How many dollars of change are due?",
+     "n 2-12, p 2-12, m 20-150", "t = n * p: The {x} cost {t} dollars.", "c = m - t: The change is {c} dollars."),
+    ("{A} makes {e} {x} a day for {n} days and already had {b}. How many {x} are there in the end?",
+     "e 2-12, n 2-12, b 2-50", "t = e * n: In {n} days {A} makes {t} {x}.", "s = t + b: In the end there are {s} {x}."),
+    ("{A} had {a} {x} and gave half of them to {B}. Later {A} bought {b} more. How many {x} does {A} have now?",
+     "h 3-50, a = h + h, b 3-50", "r = a / 2: {A} gave away half and kept {r} {x}.",
+     "s = r + b: With the new ones {A} has {s} {x}."),
+    ("{A} wants to buy a [bicycle|radio|coat] for ${g}. {A} has ${b} and saves ${e} every week. How many weeks does "
+     "it take?",
+     "e 2-12, n 2-12, b 5-50, t = e * n, g = t + b", "r = g - b: {A} still needs {r} dollars.",
+     "w = r / e: Saving that takes {w} weeks."),
+    ("{A} read {a} pages on Monday and {b} fewer on Tuesday. How many pages did {A} read on both days?",
+     "a 10-80, b 2-40", "t = a - b: On Tuesday {A} read {t} pages.", "s = a + t: On both days {A} read {s} pages."),
+    ("{A} has {a} {x} and {B} has {b}. They put them together and share [them|all] equally among {n} "
+     "[children|friends]. How many {x} does each one get?",
+     "n 2-12, e 2-12, b 1-60, t = n * e, a = t - b", "s = a + b: Together they have {s} {x}.",
+     "g = s / n: Each one gets {g} {x}."),
+    ("{A} has {n} {box}s of {e} {x} and {b} loose {x}. How many {x} does {A} have[| in all]?",
+     "n 2-12, e 2-12, b 2-50", "t = n * e: In the {box}s there are {t} {x}.",
+     "s = t + b: With the loose ones that makes {s} {x}."),
+    ("{A} had {a} {x}, lost {b} at {place} and gave {c} to {B}. How many {x} [are left|does {A} have left]?",
+     "a 40-150, b 3-60, c 3-60", "r = a - b: After the loss {A} has {r} {x}.",
+     "s = r - c: After giving some away {A} has {s} {x}."),
+    ("A train covers {d} km in {h} hours. How many km does it cover in {m} hours at the same speed?",
+     "h 2-12, e 2-12, m 2-12, d = h * e", "r = d / h: In one hour it covers {r} km.",
+     "s = r * m: In {m} hours it covers {s} km."),
+    ("At {place} {n} {x} cost ${t}. How many dollars do {m} {x} cost?",
+     "n 2-12, p 2-12, m 2-12, t = n * p", "r = t / n: One of the {x} costs {r} dollars.",
+     "s = r * m: So {m} of them cost {s} dollars."),
+    ("{n} teams of {e} children and {b} adults go to {place}. How many people go?",
+     "n 2-12, e 2-12, b 2-40", "t = n * e: There are {t} children.",
+     "s = t + b: With the adults there are {s} people."),
+    ("A bus has {a} seats. {b} people get on at {place} and {c} at the next stop. How many seats are [free|empty]?",
+     "a 40-120, b 3-60, c 3-60", "r = a - b: After the first stop {r} seats are free.",
+     "s = r - c: After the next stop {s} seats are free."),
+    ("A book has {t} pages. {A} has read {b} and reads {e} pages a day. How many days does the rest take?",
+     "e 2-12, n 2-12, b 5-60, r = e * n, t = r + b", "l = t - b: There are {l} pages left.",
+     "d = l / e: Reading them takes {d} days."),
+    ("One cake needs {e} eggs. {A} has {b} eggs and bakes {n} cakes. How many eggs are missing?",
+     "n 2-12, e 2-12, b 1-60", "t = n * e: The cakes need {t} eggs.", "m = t - b: So {m} eggs are missing."),
+    ("{A} has ${a} and buys {n} tickets for ${p} each. How many dollars does {A} have left?",
+     "n 2-12, p 2-12, a 20-150", "t = n * p: The tickets cost {t} dollars.",
+     "r = a - t: After paying {A} has {r} dollars."),
+    ("{A} earns ${p} an hour and works {n} hours, then spends ${b} at {place}. How many dollars are left?",
+     "p 2-12, n 2-12, b 2-60", "t = p * n: For the work {A} gets {t} dollars.",
+     "r = t - b: After {place} there are {r} dollars left."),
+    ("[A hall|A room] has {n} rows of {e} chairs, and {b} chairs are empty. How many people are sitting?",
+     "n 2-12, e 2-12, b 1-50", "t = n * e: There are {t} chairs.", "r = t - b: So {r} people are sitting."),
+    ("A garden has 2 sides of {a} m and 2 sides of {b} m. How many m long is the fence around it?",
+     "a 3-50, b 3-50", "s = a + b: One long and one short side are {s} m.", "t = s * 2: All the sides are {t} m."),
+    # --- three steps
+    ("{A} lays out {x} in {n} rows of {e}. {B} takes {b} away and puts {c} back. How many {x} are on the table?",
+     "n 2-12, e 2-12, b 2-50, c 1-30", "t = n * e: The rows hold {t} {x}.",
+     "r = t - b: After {B} takes some there are {r} {x}.", "s = r + c: With those put back there are {s} {x}."),
+    ("{A} sells {n} {x} for ${p} each and {m} {y} for ${q} each. How many dollars does {A} earn?",
+     "n 2-12, p 2-9, m 2-12, q 2-9", "t = n * p: The {x} bring {t} dollars.", "u = m * q: The {y} bring {u} dollars.",
+     "s = t + u: Together they bring {s} dollars."),
+    ("{A} buys {n} {box}s of {e} {x}, sells {b} {x} and shares the rest equally among {f} friends. How many {x} does "
+     "each friend get?",
+     "n 2-12, e 2-12, f 2-12, g 1-12, t = n * e, r = f * g, b = t - r", "v = n * e: The {box}s hold {v} {x}.",
+     "w = v - b: After the sale there are {w} {x}.", "z = w / f: So each friend gets {z} {x}."),
+    ("{A} walks {a} km to {place} and {b} km back by another way, {n} days a week, and {c} km on Sunday. How many km "
+     "is that in a week?",
+     "a 1-6, b 1-6, n 2-6, c 2-30", "d = a + b: One such day makes {d} km.",
+     "w = d * n: In {n} days that makes {w} km.", "s = w + c: With Sunday that makes {s} km."),
+    ("{A} had {a} {x} and gave half of them to {B}. Then {A} bought {b} more and lost {c}. How many {x} does {A} "
+     "have?",
+     "h 3-50, a = h + h, b 3-50, c 2-40", "r = a / 2: {A} gave away half and kept {r} {x}.",
+     "s = r + b: With the new ones {A} has {s} {x}.", "l = s - c: After the loss {A} has {l} {x}."),
+    ("A tank holds {a} litres. {A} pours in {n} buckets of {e} litres, and {b} litres leak out. How many litres are "
+     "missing?",
+     "n 2-12, e 2-12, b 2-30, a 40-180", "t = n * e: The buckets bring {t} litres.",
+     "r = t - b: After the leak {r} litres remain.", "m = a - r: So {m} litres are missing."),
+    ("{n} hens lay {e} eggs each a day. {A} collects them for {d} days and sells {b} eggs. How many eggs are left?",
+     "n 2-4, e 2-3, d 2-12, b 2-60", "t = n * e: In one day there are {t} eggs.",
+     "u = t * d: In {d} days there are {u} eggs.", "r = u - b: After the sale {r} eggs are left."),
+    ("{A} scores {a}, {b} and {c} points in 3 games. How many points is that per game on average?",
+     "m 5-40, t = m * 3, a 3-60, b 3-60, u = a + b, c = t - u", "s = a + b: The first games bring {s} points.",
+     "v = s + c: All the games bring {v} points.", "g = v / 3: On average that is {g} points."),
+    ("{A} is {a} years old. {B} is {n} times as old as {A}. {C} is {b} years younger than {B}. How old will {C} be in "
+     "{c} years?",
+     "a 2-12, n 2-8, b 1-40, c 2-20", "d = a * n: The age of {B} is {d} years.",
+     "e = d - b: The age of {C} is {e} years.", "f = e + c: In {c} years that will be {f} years."),
+    ("{A} pays for {n} {x} at ${p} each and {m} {y} at ${q} each [at {place}|in a shop]. How many dollars is that?",
+     "n 2-12, p 2-9, m 2-12, q 2-9", "t = n * p: The {x} cost {t} dollars.", "u = m * q: The {y} cost {u} dollars.",
+     "s = t + u: Together they cost {s} dollars."),
+    ("{A} had {a} {x}. {B} gave {A} {b}, {C} gave {A} {c}, and {A} lost {d}. How many {x} does {A} have now?",
+     "a 5-60, b 3-50, c 3-50, d 3-60", "s = a + b: With those of {B} that makes {s} {x}.",
+     "t = s + c: With those of {C} that makes {t} {x}.", "r = t - d: After the loss {A} has {r} {x}."),
+    # --- four steps
+    ("{A} has {a} {x}. {B} has {b} more than {A}. {C} has {c} fewer than {B}. How many {x} do the three have "
+     "together?",
+     "a 5-50, b 2-30, c 2-40", "d = a + b: {B} has {d} {x}.", "e = d - c: {C} has {e} {x}.",
+     "s = a + d: {A} and {B} have {s} {x}.", "t = s + e: All three have {t} {x}."),
+    ("{A} buys {n} {x} for ${p} each and {m} {y} for ${q} each and pays with ${a}. How many dollars of change are "
+     "due?",
+     "n 2-9, p 2-9, m 2-9, q 2-9, a 50-190", "t = n * p: The {x} cost {t} dollars.",
+     "u = m * q: The {y} cost {u} dollars.", "s = t + u: Together they cost {s} dollars.",
+     "c = a - s: The change is {c} dollars."),
+    ("{n} adults pay ${p} each and {m} children pay ${q} each to enter {place}. They had ${a}. How many dollars are "
+     "left?",
+     "n 2-9, p 3-12, m 2-9, q 2-9, a 50-190", "t = n * p: The adults pay {t} dollars.",
+     "u = m * q: The children pay {u} dollars.", "s = t + u: Together they pay {s} dollars.",
+     "r = a - s: After paying {r} dollars are left."),
+    ("{A} bakes {n} trays of {e} cookies and {m} trays of {f} cookies, and gives {b} to {B}. How many cookies are "
+     "left?",
+     "n 2-12, e 2-9, m 2-12, f 2-9, b 2-60", "t = n * e: The first trays hold {t} cookies.",
+     "u = m * f: The other trays hold {u} cookies.", "s = t + u: Together they hold {s} cookies.",
+     "r = s - b: After the gift there are {r} cookies."),
+    ("{A} read {a} pages on Monday, {b} more than that on Tuesday and twice as many as on Monday on Wednesday. How "
+     "many pages did {A} read[| in all]?",
+     "a 5-45, b 2-30", "t = a + b: On Tuesday {A} read {t} pages.", "w = a * 2: On Wednesday {A} read {w} pages.",
+     "s = a + t: On the first days {A} read {s} pages.", "u = s + w: On all the days {A} read {u} pages."),
+    ("{f} friends buy {n} {x} for ${p} each and {m} {y} for ${q} each and share the cost equally. How many dollars "
+     "does each friend pay?",
+     "f 2-9, n 2-9, p 2-9, m 2-9, q 2-9, j = n * p, k = m * q, s = j + k, g = s / f",
+     "t = n * p: The {x} cost {t} dollars.", "u = m * q: The {y} cost {u} dollars.",
+     "v = t + u: Together they cost {v} dollars.", "d = v / f: So each friend pays {d} dollars."),
+)
 
 
-def gain_then_lose(rng, name, other, thing):
-    a, b = rng.randint(10, 60), rng.randint(5, 40)
-    c = rng.randint(2, a + b - 1)
-    return (f"{name} has {a} {thing}. {other} gives {name} {b} more. Then {name} loses {c} of them at "
-            f"{rng.choice(PLACES)}. How many {thing} does {name} have left?",
-            [f"After the gift {name} has {a} + {b} = {a + b} {thing}.",
-             f"After the loss {name} has {a + b} - {c} = {a + b - c} {thing}."], a + b - c)
+def calculate(rule, values):
+    """The value of "a + b" (names or numbers; + - * /) as an int, or None where it is not whole or below 1."""
+    a, sign, b = rule.split()
+    a, b = (values[term] if term in values else int(term) for term in (a, b))
+    result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
+    return result if result >= 1 and (sign != "/" or a % b == 0) else None
 
 
-def boxes_minus(rng, name, other, thing):
-    n, each = rng.randint(2, 9), rng.randint(3, 12)
-    given = rng.randint(1, n * each - 1)
-    return (f"{name} buys {n} boxes with {each} {thing} in each box and gives {given} {thing} to {other}. "
-            f"How many {thing} does {name} keep?",
-            [f"The boxes hold {n} * {each} = {n * each} {thing}.",
-             f"{name} keeps {n * each} - {given} = {n * each - given} {thing}."], n * each - given)
+def draw_numbers(numbers, rng):
+    """One draw of a structure's numbers, {name: int}, or None where a rule's result is not whole or below 1."""
+    values = {}
+    for part in numbers.split(", "):
+        name, drawn = part.split(" ", 1)
+        if drawn.startswith("= "):
+            values[name] = calculate(drawn[2:], values)
+        else:
+            low, high = drawn.split("-")
+            values[name] = rng.randint(int(low), int(high))
+        if values[name] is None:
+            return None
+    return values
 
 
-def times_as_many(rng, name, other, thing):
-    a, times = rng.randint(3, 20), rng.randint(2, 5)
-    return (f"{name} collected {a} {thing}. {other} collected {times} times as many. How many {thing} did they "
-            "collect together?",
-            [f"{other} collected {a} * {times} = {a * times} {thing}.",
-             f"Together they collected {a} + {a * times} = {a + a * times} {thing}."], a + a * times)
+def split_of(structure, values):
+    """The split that a structure with these numbers belongs to: 1 combination in 20 is for validation, 1 for test.
+
+    Names, things and wording play no part, nor does the seed: no model is tested on numbers that it was trained on
+    in the same kind of problem.
+    """
+    return {0: "validation", 1: "test"}.get(zlib.crc32(f"{structure[0]} {values}".encode()) % 20, "train")
 
 
-def share_equally(rng, name, other, thing):
-    friends, each = rng.randint(2, 9), rng.randint(3, 12)
-    kept = rng.randint(1, 15)
-    total = friends * each + kept
-    return (f"{name} has {total} {thing}, keeps {kept} and shares the rest equally among {friends} friends. "
-            f"How many {thing} does each friend get?",
-            [f"There are {total} - {kept} = {friends * each} {thing} to share.",
-             f"Each friend gets {friends * each} / {friends} = {each} {thing}."], each)
-
-
-def change_from_note(rng, name, other, thing):
-    n, price = rng.randint(2, 6), rng.randint(2, 9)
-    note = rng.choice([note for note in (20, 50, 100) if note >= n * price])
-    return (f"At {rng.choice(PLACES)} {name} buys {n} {thing} for ${price} each and pays with a ${note} note. "
-            "How many dollars of change are due?",
-            [f"The {thing} cost {n} * {price} = {n * price} dollars.",
-             f"The change is {note} - {n * price} = {note - n * price} dollars."], note - n * price)
-
-
-def daily_rate(rng, name, other, thing):
-    rate, days, extra = rng.randint(3, 15), rng.randint(3, 10), rng.randint(2, 30)
-    return (f"{name} makes {rate} {thing} a day for {days} days and already had {extra}. "
-            f"How many {thing} are there in the end?",
-            [f"In {days} days {name} makes {rate} * {days} = {rate * days} {thing}.",
-             f"In the end there are {rate * days} + {extra} = {rate * days + extra} {thing}."], rate * days + extra)
-
-
-def half_then_buy(rng, name, other, thing):
-    half, more = rng.randint(5, 40), rng.randint(3, 30)
-    return (f"{name} had {2 * half} {thing} and gave half of them to {other}. Later {name} bought {more} more. "
-            f"How many {thing} does {name} have now?",
-            [f"{name} gave away {2 * half} / 2 = {half} {thing} and had {half} left.",
-             f"Now {name} has {half} + {more} = {half + more} {thing}."], half + more)
-
-
-def savings_goal(rng, name, other, thing):
-    weeks, pay, have = rng.randint(3, 9), rng.randint(4, 12), rng.randint(5, 25)
-    goal = have + weeks * pay
-    return (f"{name} wants to buy a bicycle for ${goal}. {name} has ${have} and saves ${pay} every week. "
-            "How many weeks does it take?",
-            [f"{name} still needs {goal} - {have} = {weeks * pay} dollars.",
-             f"That takes {weeks * pay} / {pay} = {weeks} weeks."], weeks)
-
-
-def difference(rng, name, other, thing):
-    a, fewer = rng.randint(20, 60), rng.randint(2, 15)
-    return (f"{name} read {a} pages on Monday and {fewer} fewer on Tuesday. How many pages did {name} read on both "
-            "days?",
-            [f"On Tuesday {name} read {a} - {fewer} = {a - fewer} pages.",
-             f"On both days {name} read {a} + {a - fewer} = {2 * a - fewer} pages."], 2 * a - fewer)
-
-
-def rows_and_columns(rng, name, other, thing):
-    rows, columns, broken = rng.randint(3, 9), rng.randint(3, 9), rng.randint(1, 8)
-    total = rows * columns
-    return (f"{name} lays out {thing} in {rows} rows of {columns}. {other} takes {broken} away and puts 2 back. "
-            f"How many {thing} are on the table?",
-            [f"The rows hold {rows} * {columns} = {total} {thing}.",
-             f"After {other} takes some there are {total} - {broken} = {total - broken} {thing}.",
-             f"With 2 put back there are {total - broken} + 2 = {total - broken + 2} {thing}."], total - broken + 2)
-
-
-def two_prices(rng, name, other, thing):
-    n, p, m, q = rng.randint(2, 6), rng.randint(2, 9), rng.randint(2, 6), rng.randint(2, 9)
-    return (f"{name} sells {n} {thing} for ${p} each and {m} cakes for ${q} each. How many dollars does {name} earn?",
-            [f"The {thing} bring {n} * {p} = {n * p} dollars.", f"The cakes bring {m} * {q} = {m * q} dollars.",
-             f"{name} earns {n * p} + {m * q} = {n * p + m * q} dollars."], n * p + m * q)
-
-
-def round_trip(rng, name, other, thing):
-    there, back, days = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 6)
-    return (f"{name} walks {there} km to {rng.choice(PLACES)} and {back} km home by another way, {days} days a week. "
-            f"How many km does {name} walk in a week?",
-            [f"One day is {there} + {back} = {there + back} km.",
-             f"A week is {there + back} * {days} = {(there + back) * days} km."], (there + back) * days)
-
-
-STRUCTURES = (gain_then_lose, boxes_minus, times_as_many, share_equally, change_from_note, daily_rate, half_then_buy,
-              savings_goal, difference, rows_and_columns, two_prices, round_trip)
-
-
-def split_of(question):
-    """The split that a question belongs to, whatever the seed: a checksum deals 1 in 20 to validation, 1 to test."""
-    return {0: "validation", 1: "test"}.get(zlib.crc32(question.encode()) % 20, "train")
+def word_problem(structure, rng, split=None):
+    """One problem of a structure, drawn with `rng` until it belongs to `split` (None: any): {"question", "answer"}."""
+    question, numbers, *steps = structure
+    while True:
+        values = draw_numbers(numbers, rng)
+        if values is None or split not in (None, split_of(structure, values)):
+            continue
+        words = dict(zip("ABC", rng.sample(NAMES, 3))) | dict(zip("xy", rng.sample(THINGS, 2)))
+        words |= {"box": rng.choice(BOXES), "place": rng.choice(PLACES)}
+        lines, known = [], dict(values)
+        for step in steps:
+            (name, rule), line = step.split(": ", 1)[0].split(" = "), step.split(": ", 1)[1]
+            known[name] = calculate(rule, known)
+            if known[name] is None:
+                break
+            a, sign, b = (str(known.get(term, term)) for term in rule.split())
+            lines.append(line.format(**words, **values | {name: f"{a} {sign} {b} = {known[name]}"}))
+        else:
+            wording = re.sub(r"\[(.*?)\]", lambda found: rng.choice(found[1].split("|")), question)
+            answer = "\n".join([*lines, f"#### {known[name]}"])
+            return {"question": wording.format(**words, **values), "answer": answer}
 
 
 class WordProblems:
     """Row i of an endless table, the same for the same seed on every machine: `WordProblems(seed)[i]`.
 
-    split   "train", "validation" or "test". No question is in two of them: one drawn for the wrong split is drawn anew.
+    split   "train", "validation" or "test"; see `split_of`
     """
 
     def __init__(self, seed, split="train"):
@@ -163,11 +271,7 @@ class WordProblems:
 
     def __getitem__(self, i):
         rng = random.Random(f"{self.split}/{self.seed}/{i}")
-        while True:
-            name, other = rng.sample(NAMES, 2)
-            question, lines, answer = rng.choice(STRUCTURES)(rng, name, other, rng.choice(THINGS))
-            if split_of(question) == self.split:
-                return {"question": question, "answer": "\n".join([*lines, f"#### {answer}"])}
+        return word_problem(rng.choice(STRUCTURES), rng, self.split)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

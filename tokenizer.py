@@ -204,20 +204,22 @@ class Tokenizer:
         return self.token_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, folder, mask_id):
-        """Write the tokenizer's files into `folder` with the mask token added, for us and for transformers.
+        """Write the tokenizer's files into `folder`, with the mask token added unless `mask_id` is None, for us and for
+        transformers.
 
         generation_config.json gets the mask token under `suppress_tokens`: transformers' decoding never emits it.
         """
         files = json.loads(json.dumps(self.files))
-        if self.mask_id is None:
+        if mask_id is not None and self.mask_id is None:
             files["tokenizer.json"]["added_tokens"].append(dict(
                 id=mask_id, content=MASK_TOKEN, single_word=False, lstrip=False, rstrip=False, normalized=False,
                 special=True))
             if "added_tokens_decoder" in files["tokenizer_config.json"]:        # transformers 4 keeps a second list
                 files["tokenizer_config.json"]["added_tokens_decoder"][str(mask_id)] = dict(
                     content=MASK_TOKEN, lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
-        suppressed = set(files["generation_config.json"].get("suppress_tokens") or []) | {mask_id}
-        files["generation_config.json"]["suppress_tokens"] = sorted(suppressed)
+        if mask_id is not None:
+            suppressed = set(files["generation_config.json"].get("suppress_tokens") or []) | {mask_id}
+            files["generation_config.json"]["suppress_tokens"] = sorted(suppressed)
         files["generation_config.json"].setdefault("eos_token_id", sorted(self.stop_ids))
         for name, content in files.items():
             write_json(Path(folder) / name, content)

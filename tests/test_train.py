@@ -97,7 +97,7 @@ def interleaved(text, anchors, k, mask_id):
 def test_appended_layout_equals_the_interleaved_one(pair, k, offset, stride):
     student, _ = pair
     prompt, text = random_rows(1)[0]
-    ids, position, mask, slots = make_batch([(prompt, text)], k, offset, stride, TINY_VOCAB, 0, CPU)
+    ids, position, mask, slots, _ = make_batch([(prompt, text)], k, offset, stride, TINY_VOCAB, 0, CPU)
     with torch.no_grad():
         ours = student(ids, position, mask, at=slots)               # (N, k, V)
     anchors = slots[1][:, 0].tolist()
@@ -115,7 +115,7 @@ def test_text_logits_are_the_plain_models(pair):
     """Text never sees a mask, and a row's padding and neighbours never matter."""
     student, _ = pair
     rows = random_rows(2)
-    ids, position, mask, _ = make_batch(rows, 4, 1, 2, TINY_VOCAB, 0, CPU)
+    ids, position, mask, _, _ = make_batch(rows, 4, 1, 2, TINY_VOCAB, 0, CPU)
     with torch.no_grad():
         logits = student(ids, position, mask)
         for b, (_, text) in enumerate(rows):
@@ -148,9 +148,9 @@ def test_loss_and_targets_against_one_region_at_a_time(pair, k):
     student, teacher = pair
     stop_ids, end_id = set(range(3, TINY_VOCAB, 3)), 2              # a third of all tokens stop: many rollouts hold one
     rows = random_rows(3)
-    ids, position, mask, slots = make_batch(rows, k, 0, 2, TINY_VOCAB, end_id, CPU)
+    ids, position, mask, slots, truth = make_batch(rows, k, 0, 2, TINY_VOCAB, end_id, CPU)
     loss, rollout, targets, confidence = region_loss(
-        student, teacher, ids, position, mask, slots, TINY_VOCAB, stop_ids, end_id)
+        student, teacher, ids, position, mask, slots, truth, TINY_VOCAB, stop_ids, end_id)
     total, stopped = 0.0, 0
     for n, (row, place) in enumerate(zip(slots[0][:, 0].tolist(), slots[1][:, 0].tolist())):
         y, t, losses = one_region_at_a_time(student, teacher, rows[row][1][:place + 1], k, stop_ids, end_id)
