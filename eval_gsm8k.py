@@ -1,7 +1,7 @@
 """
 Accuracy beside speed: one checkpoint, a list of decoding strategies, the same questions for each.
 
-    python eval_gsm8k.py --data wordproblems                    # out/latest on unseen word problems
+    python eval_gsm8k.py --data wordproblems                    # out/latest on 200 unseen word problems
     python eval_gsm8k.py --data gsm8k --model out-gsm8k --baseline smollm2-135m --limit 100
     python eval_gsm8k.py --k 1 2 3 --threshold 0.9 0.8 --out results/mine --resume
 
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import WordProblems, read_hub, read_jsonl
 from model import DTYPES, machine, pick_device, pick_dtype
-from pretrained import ArgumentParser, InputError, resolve, run, weight_files, write_json
+from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, read_json, resolve, run, weight_files, write_json
 from sample import Generation, default_model, generate, load, shared_prefix, speeds, strategy
 
 # Prompt formats beside the tokenizer's own two, "plain" and "chat": lm-eval's gsm8k_cot and gsm8k_cot_zeroshot
@@ -127,14 +127,22 @@ def strategy_name(k, threshold):
 # One batch of questions under one strategy
 
 @torch.inference_mode()
-def loss_under(model, prompt, tokens):
-    """Sum of -log p(token) in nats over `tokens` behind `prompt`, under an ordinary next-token model."""
+def log_likelihood(model, prompt, tokens, mask_id=None):
+    """(sum of log p(token) in nats, is each token the most likely one?) for `tokens` behind `prompt`, one plain pass.
+
+    prompt, tokens   lists of ids
+    mask_id          id that is never a candidate, or None
+    """
     ids = torch.tensor([prompt + tokens], device=model.device)
     n = ids.shape[1]
     at = (torch.zeros(len(tokens), dtype=torch.long), torch.arange(len(prompt) - 1, n - 1))
     causal = torch.ones(n, n, dtype=torch.bool, device=model.device).tril()
-    logits = model(ids, torch.arange(n, device=model.device)[None], causal, at=at)             # (tokens, V)
-    return F.cross_entropy(logits.float(), ids[0, len(prompt):], reduction="sum").item()
+    logits = model(ids, torch.arange(n, device=model.device)[None], causal, at=at).float()     # (tokens, V)
+    if mask_id is not None and mask_id < logits.shape[-1]:
+        logits[..., mask_id] = -torch.inf
+    targets = ids[0, len(prompt):]
+    log_p = -F.cross_entropy(logits, targets, reduction="sum").item()
+    return log_p, bool((logits.argmax(dim=-1) == targets).all())
 
 
 def score(result, tokenizer, gold, stops, task):
@@ -202,8 +210,11 @@ def markdown(table):
     return "\n".join(lines) + "\n"
 
 
-def pareto_plot(table, path):
-    """Accuracy against tokens per forward (the paper's figure 5 in form): static and adaptive, with standard errors."""
+def pareto_plot(table):
+    """Accuracy against tokens per forward (the paper's figure 5 in form): static and adaptive, with standard errors.
+
+    Returns a matplotlib figure.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -221,8 +232,7 @@ def pareto_plot(table, path):
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -276,7 +286,8 @@ def open_rows(path, settings, resume):
 def get_args():
     parser = ArgumentParser(prog="eval_gsm8k.py", description=__doc__)
     add = parser.add_argument_group("what to ask").add_argument
-    add("--data", default="gsm8k", help="gsm8k (hub, test split), wordproblems (unseen ones) or a JSONL file (%(default)s)")
+    add("--data", help="gsm8k (hub, test split), wordproblems (unseen ones) or a JSONL file (gsm8k; wordproblems for the "
+        "tiny model and what was trained on them)")
     add("--limit", type=int, help="only the first N questions (all; 200 word problems)")
     add("--shots", type=int, default=0, help="worked examples in front of each question (%(default)s)")
     add("--prompt-format", choices=["plain", "chat", *QA_FORMATS], help="default: what the checkpoint was trained with")
@@ -289,7 +300,7 @@ def get_args():
     add("--max-new-tokens", type=int, default=256, help="(%(default)s)")
     add("--batch-size", type=int, default=8, help="questions decoded together (%(default)s)")
     add = parser.add_argument_group("models, files, machine").add_argument
-    add("--model", help="a trained checkpoint (out/latest if there is one)")
+    add("--model", help=f"a trained checkpoint (out/latest if there is one, else {DEFAULT_MODEL})")
     add("--baseline", help="the start checkpoint: its own k = 1, and the loss of every text under it")
     add("--out", default="out-eval", help="folder for rows, table and plot (%(default)s)")
     add("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with what is in --out")
@@ -311,9 +322,12 @@ def main():
     args = get_args()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    questions, examples = load_questions(args.data, args.limit, args.shots, args.seed)
     name = args.model or default_model()
-    model, tokenizer, trained = load(name, device, dtype, args.cache)
+    trained = read_json(resolve(name, args.cache) / "config.json").get("nanomtp", {})
+    if args.data is None:
+        args.data = "wordproblems" if "wordproblems" == trained.get("data") or name == DEFAULT_MODEL else "gsm8k"
+    questions, examples = load_questions(args.data, args.limit, args.shots, args.seed)
+    model, tokenizer, _ = load(name, device, dtype, args.cache)
     k_max = trained.get("k_max", 1)
     style = args.prompt_format or trained.get("prompt_format") or ("chat" if tokenizer.chat else "plain")
     stops = args.stop if args.stop is not None else QA_STOPS if style in QA_FORMATS else []
@@ -355,9 +369,10 @@ def main():
                 mask_id = None if writer is start else tokenizer.mask_id        # the start's matrix may lack its row
                 results = generate(writer, some, k, threshold, mask_id, tokenizer.stop_ids,
                                    args.max_new_tokens, stops, tokenizer.decode)
-                batch = [{"id": at + i, "strategy": strategy_, "batch": at, "batch_rows": len(some), **asdict(result),
+                batch = [{"id": at + i, "strategy": strategy_, "batch": at, "batch_rows": len(some),
+                          **{key: value for key, value in asdict(result).items() if key != "confidences"},
                           **score(result, tokenizer, golds[at + i], stops, task), "gold": golds[at + i],
-                          "start_loss": start and loss_under(start, some[i], result.tokens)}
+                          "start_loss": start and -log_likelihood(start, some[i], result.tokens)[0]}
                          for i, result in enumerate(results)]
                 file.write("".join(json.dumps(row) + "\n" for row in batch))
                 file.flush()
@@ -371,7 +386,7 @@ def main():
     table = summarise(rows)
     write_json(out / "table.json", {"settings": settings, **machine(device), "table": table})
     (out / "table.md").write_text(markdown(table), encoding="utf-8")
-    pareto_plot(table, out / "pareto.png")
+    pareto_plot(table).savefig(out / "pareto.png", dpi=150)
     print(f"\n{markdown(table)}\n{out}/table.md, table.json, pareto.png, rows.jsonl")
 
 

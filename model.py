@@ -343,7 +343,7 @@ def save_pretrained(model, folder, nanomtp=None):
     """Write config.json and model.safetensors into `folder`, as transformers expects them.
 
     nanomtp   a dict that is kept in config.json under that name: mask_token_id, k_max, prompt_format, bidirectional,
-              steps. Absent in an ordinary model. The tokenizer's files are written by `Tokenizer.save`.
+              data, steps. Absent in an ordinary model. The tokenizer's files are written by `Tokenizer.save`.
     """
     folder, raw = Path(folder), copy.deepcopy(model.config.raw)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

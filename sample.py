@@ -309,7 +309,7 @@ def main():
     add("--batch-size", type=int, default=8, help="questions decoded together (%(default)s)")
     add("--compare", action=flag, default=False, help="decode again with k = 1 and say where the answers part")
     add = parser.add_argument_group("model and machine").add_argument
-    add("--model", help=f"{DEFAULT_MODEL}, a folder or a hub id (out/latest if there is one, else {DEFAULT_MODEL})")
+    add("--model", help=f"tiny, smollm2-135m, a folder or a hub id (out/latest if there is one, else {DEFAULT_MODEL})")
     add("--cache", help="where converted checkpoints are kept ($NANOMTP_CACHE or ~/.cache/nanomtp)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is fast (%(default)s)")

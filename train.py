@@ -1,9 +1,9 @@
 """
 Teach a pretrained model to write several tokens per forward pass, by self-distillation (arXiv 2602.06019).
 
-    python train.py --k 3                                       # SmolLM2-135M on word problems, a short run
-    python train.py --data gsm8k --k 4 --minutes 90 --out out-gsm8k
-    python train.py --out out-gsm8k --data gsm8k --k 4 --minutes 90 --resume
+    python train.py --k 3                                       # the tiny model, on word problems: minutes on a laptop
+    python train.py --preset smollm2 --minutes 90 --out out-gsm8k                   # SmolLM2-135M on GSM8K
+    python train.py --preset smollm2 --minutes 90 --out out-gsm8k --resume
 
 The idea. Append k-1 copies of one special token, <mtp>, to a text. The pass that predicts the next token at the last
 real token now also predicts, at each <mtp>, the tokens after it:
@@ -194,8 +194,9 @@ def make_batch(encoded, k, offset, stride, mask_id, end_id, device):
 
 
 def learning_rate(step, args):
-    """Linear warm-up, constant, linear cool-down over the last --cooldown steps. `step` counts from 0."""
-    return args.lr * min(1.0, (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.cooldown))
+    """Linear warm-up, constant, linear cool-down over the last --cooldown steps, at most half of all. `step` is from 0."""
+    cooldown = min(args.cooldown, args.steps // 2)
+    return args.lr * min(1.0, (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, cooldown))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id):
     with new_folder(folder) as temporary:
         save_pretrained(student, temporary, args.k > 1 and {
             "mask_token_id": mask_id, "k_max": args.k, "bidirectional": False, "prompt_format": args.prompt_format,
-            "steps": step})
+            "data": args.data, "steps": step})
         tokenizer.save(temporary, mask_id)
         try:
             torch.save({"step": step, "args": vars(args), "optimizer": optimizer.state_dict()}, temporary / "trainer.pt")
@@ -299,7 +300,7 @@ def get_args():
     add = parser.add_argument_group("optimisation (AdamW)").add_argument
     add("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s)")
     add("--warmup", type=int, default=20, help="steps of linear warm-up (%(default)s)")
-    add("--cooldown", type=int, default=200, help="last steps, linearly down to 0; 0: constant (%(default)s)")
+    add("--cooldown", type=int, default=200, help="last steps, linearly down to 0; at most half of all (%(default)s)")
     add("--weight-decay", type=float, default=0.1, help="on matrices only (%(default)s)")
     add("--clip", type=float, default=1.0, help="largest gradient norm (%(default)s)")
     add("--batch-size", type=int, default=32, help="sequences per step (%(default)s)")
@@ -441,8 +442,8 @@ def main():
         record("eval", step, minutes=minutes(), **report)
         lines = f"step {step}: {report['accuracy_k1']:.0%} of {len(held_out)} held-out problems right with k = 1"
         if args.k > 1:
-            lines += (f"; at threshold 0.9 {report['accuracy']:.0%} and {report['tokens_per_forward']:.2f} tokens per forward, "
-                      f"{report['agreement_with_k1']:.0%} of the text as with k = 1\n{printable(report['sample'])}")
+            lines += (f"; at threshold 0.9 {report['accuracy']:.0%}, {report['tokens_per_forward']:.2f} tokens per forward "
+                      f"and {report['agreement_with_k1']:.0%} of the text as with k = 1\n{printable(report['sample'])}")
         tqdm.write(lines + "\n")
 
     # --- the loop. Ctrl-C finishes the step and saves; a second one stops at once.

@@ -14,7 +14,8 @@ import matplotlib
 matplotlib.use("Agg")               # no window
 import matplotlib.pyplot as plt  # noqa: E402
 
-from pretrained import ArgumentParser, InputError, run  # noqa: E402
+from eval_gsm8k import pareto_plot  # noqa: E402
+from pretrained import ArgumentParser, InputError, read_json, run  # noqa: E402
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -62,7 +63,10 @@ def training_curves(log):
     return figure
 
 
-FIGURES = {"training-smollm2-gsm8k-k4.png": lambda: training_curves(RESULTS / "smollm2-gsm8k-k4" / "log.jsonl")}
+FIGURES = {
+    "training-smollm2-gsm8k-k4.png": lambda: training_curves(RESULTS / "smollm2-gsm8k-k4" / "log.jsonl"),
+    "pareto-tiny-k8.png": lambda: pareto_plot(read_json(RESULTS / "tiny-k8" / "table.json")["table"]),
+}
 
 
 def main():

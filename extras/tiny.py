@@ -34,8 +34,8 @@ def train_tokenizer(problems, vocab_size):
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=CONTROL, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     rows = WordProblems(seed=0)
-    tokenizer.train_from_iterator((f"{row['question']}\n\n{row['answer']}" for row in map(rows.__getitem__, range(problems))),
-                                  trainer)
+    texts = ("{question}\n\n{answer}".format(**rows[i]) for i in range(problems))
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 

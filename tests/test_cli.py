@@ -70,7 +70,7 @@ def everything_under(folder):
 
 # --- checkpoints and files to work on
 
-QUICK = ("--k", 3, "--batch-size", 2, "--seq-len", 64, "--eval-every", 0, "--eval-prompts", 2,
+QUICK = ("--k", 3, "--batch-size", 2, "--seq-len", 64, "--eval-every", 0, "--eval-prompts", 2, "--lr", 2e-4,
          "--prompt-format", "plain")
 
 
@@ -123,7 +123,8 @@ def steps_kept(out):
 # --- help
 
 FLAGS = {
-    "train.py": "model data prompt-format out resume no-resume cache k stride curriculum lr warmup cooldown "
+    "train.py": "preset model random-init no-random-init data prompt-format out resume no-resume cache k stride curriculum "
+                "targets lr warmup cooldown "
                 "weight-decay clip batch-size micro-batch-size seq-len steps minutes overfit eval-every eval-prompts "
                 "eval-tokens log-every save-every seed device dtype",
     "sample.py": "file limit prompt-format seed k threshold max-new-tokens stop ignore-stop no-ignore-stop batch-size "
@@ -434,17 +435,19 @@ def test_sample_prompt_format_dtype_and_device(tiny, trained, tmp, decoded):
 
 
 def test_sample_default_model(tiny, trained, tmp_path, monkeypatch, decoded):
-    """out/latest of the current folder if there is one, else the start checkpoint from the cache."""
+    """out/latest of the current folder if there is one, else the tiny model of this repository."""
     monkeypatch.chdir(tmp_path)
+    assert sample.default_model() == "tiny"
+    assert "has not been trained" in cli(sample, "x", "--max-new-tokens", 1).out
+    assert decoded.pop().model.config.hidden_size == 192
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "smollm2-135m").symlink_to(tiny)          # as if it had been fetched before
-    assert sample.default_model() == "smollm2-135m"
     for flags in (["--cache", tmp_path / "cache"], []):             # the second time by the environment variable
-        assert "has not been trained" in cli(sample, "x", "--max-new-tokens", 1, *flags).out
+        assert cli(sample, "x", "--max-new-tokens", 1, "--model", "smollm2-135m", *flags).code == 0
         assert decoded.pop().model.config.vocab_size == TINY_VOCAB  # this cache, and not one that is really there
         monkeypatch.setenv("NANOMTP_CACHE", str(tmp_path / "cache"))
     (tmp_path / "out").mkdir()                                      # a run that has saved nothing yet
-    assert sample.default_model() == "smollm2-135m"
+    assert sample.default_model() == "tiny"
     (tmp_path / "out" / "latest").symlink_to((trained / "latest").resolve())
     assert sample.default_model() == "out/latest"
     assert "has not been trained" not in cli(sample, "x", "--max-new-tokens", 1).out and decoded.pop().k == 3
@@ -708,15 +711,28 @@ def test_train_seed_dtype_device_and_formats(tiny, tmp_path, monkeypatch):
     assert formats == {"a": "chat", "plain": "plain"}
 
 
-def test_train_default_model_comes_from_the_cache(tiny, sums, tmp_path, monkeypatch):
-    """Without --model and --out: the start checkpoint of the cache, and out/ right here, where sample.py looks."""
+def test_train_default_model(sums, tmp_path, monkeypatch):
+    """Without --model and --out: the tiny model, and out/ right here, where sample.py looks."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "smollm2-135m").symlink_to(tiny)
-    assert cli(training, "--cache", tmp_path / "cache", "--data", sums, *QUICK, "--steps", 1).code == 0
-    assert events(tmp_path / "out", "start")[0]["parameters"] < 1e6         # this cache, not one that is really there
+    assert cli(training, "--data", sums, *QUICK, "--steps", 1).code == 0
+    start, = events(tmp_path / "out", "start")
+    assert start["model"] == "tiny" and 1.5e6 < start["parameters"] < 2.5e6
     assert steps_kept(tmp_path / "out") == ["latest", "step-1"] and sample.default_model() == "out/latest"
     assert "[2|" in cli(sample, "1 + 1", "--k", 2, "--max-new-tokens", 2).out
+
+
+def test_train_presets(monkeypatch):
+    """A preset sets defaults, a flag wins over it, and `tiny` is what no preset means."""
+    def settings(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        return vars(training.get_args())
+
+    assert settings() == settings("--preset", "tiny")
+    for name, changes in training.PRESETS.items():
+        assert settings("--preset", name) == settings() | changes | {"preset": name}
+    assert settings("--preset", "paper")["lr"] == 1e-5 and settings("--preset", "paper", "--lr", 1e-4)["lr"] == 1e-4
+    assert settings("--lr", 3e-4, "--preset", "pretrain-tiny", "--no-random-init")["lr"] == 3e-4
+    assert settings("--preset", "pretrain-tiny", "--no-random-init")["random_init"] is False
 
 
 def test_train_from_a_trained_checkpoint(trained, sums, tmp_path):

@@ -90,7 +90,7 @@ def test_prompt_formats(tiny):
     assert evaluation.build_prompt(tokenizer, "2?", [], "plain") == tokenizer.prompt("2?", "plain")
 
 
-def test_loss_under(tiny):
+def test_log_likelihood(tiny):
     """Against cross-entropy token by token, each behind its own prefix."""
     model, prompt, tokens = Transformer.from_pretrained(tiny), [5, 6, 7], [20, 30, 2]
     total = 0.0
@@ -99,7 +99,11 @@ def test_loss_under(tiny):
         n = len(ids)
         logits = model(torch.tensor([ids]), torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril())[0, -1]
         total += F.cross_entropy(logits, torch.tensor(token)).item()
-    assert evaluation.loss_under(model, prompt, tokens) == pytest.approx(total, rel=1e-4)
+    log_p, greedy = evaluation.log_likelihood(model, prompt, tokens)
+    assert log_p == pytest.approx(-total, rel=1e-4) and not greedy
+    best = generate(model, [prompt], 1, max_new_tokens=4)[0].tokens
+    assert evaluation.log_likelihood(model, prompt, best)[1]
+    assert not evaluation.log_likelihood(model, prompt, best, mask_id=best[-1])[1]
 
 
 # --- whole runs

@@ -228,6 +228,8 @@ def test_learning_rate():
     rates = [training.learning_rate(step, args) for step in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4:15] == [1.0] * 11
     assert rates[15:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    args.cooldown = 1000                                            # of a preset, say, with a short run: at most half
+    assert training.learning_rate(9, args) == 1.0 and training.learning_rate(19, args) == pytest.approx(0.1)
 
 
 # --- whole runs
@@ -241,7 +243,8 @@ def log_rows(out, event):
     return [row for row in map(json.loads, open(out / "log.jsonl")) if row["event"] == event]
 
 
-SHORT = ("--data", "wordproblems", "--k", 3, "--batch-size", 4, "--seq-len", 160, "--warmup", 2, "--eval-every", 0)
+SHORT = ("--data", "wordproblems", "--k", 3, "--batch-size", 4, "--seq-len", 160, "--warmup", 2, "--cooldown", 0,
+         "--lr", 2e-4, "--eval-every", 0)
 
 
 def test_overfits_four_rows(tiny, tmp_path, monkeypatch):
