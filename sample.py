@@ -262,7 +262,8 @@ def summary(batches):
     sizes = sorted(Counter(size for r in results for size in r.chunks).items())
     finishes = sorted(Counter(r.finish for r in results).items())
     return (f"{tokens} tokens in {passes} passes: {statistics.mean(per_forward):.2f}{spread} tokens per forward{prompts}\n"
-            f"{whole:.1f} tokens/s, prompt pass included; {decode:.1f} tokens/s decoding only\n"
+            f"{whole:.1f} tokens/s, prompt pass included"
+            + (f"; {decode:.1f} tokens/s decoding only\n" if passes > len(results) else "\n") +
             "chunk sizes: " + ", ".join(f"{size} x {count}" for size, count in sizes) + "\n"
             "finished by: " + ", ".join(f"{reason} x {count}" for reason, count in finishes))
 

@@ -300,13 +300,13 @@ def get_args():
     add = parser.add_argument_group("optimisation (AdamW)").add_argument
     add("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s)")
     add("--warmup", type=int, default=20, help="steps of linear warm-up (%(default)s)")
-    add("--cooldown", type=int, default=200, help="last steps, linearly down to 0; at most half of all (%(default)s)")
+    add("--cooldown", type=int, default=300, help="last steps, linearly down to 0; at most half of all (%(default)s)")
     add("--weight-decay", type=float, default=0.1, help="on matrices only (%(default)s)")
     add("--clip", type=float, default=1.0, help="largest gradient norm (%(default)s)")
     add("--batch-size", type=int, default=32, help="sequences per step (%(default)s)")
     add("--micro-batch-size", type=int, default=16, help="sequences per pass; gradients accumulate (%(default)s)")
     add("--seq-len", type=int, default=224, help="longest text, tokens; longer answers are cut (%(default)s)")
-    add("--steps", type=int, default=500, help="the schedule follows this number (%(default)s)")
+    add("--steps", type=int, default=700, help="the schedule follows this number (%(default)s)")
     add("--minutes", type=float, help="stop, and save, after so many minutes; the schedule does not change")
     add("--overfit", type=int, default=0, help="train on N rows only, as a sanity check (%(default)s: off)")
     add = parser.add_argument_group("evaluation, logs, machine").add_argument
@@ -361,8 +361,13 @@ def main():
     if args.overfit:
         train = held_out = [train[i] for i in range(min(args.overfit, len(train)))]
     some = [train[i] for i in range(min(100, len(train)))]
-    if not encode_rows(some, tokenizer, args.prompt_format, args.seq_len):
+    fitting = encode_rows(some, tokenizer, args.prompt_format, args.seq_len)
+    if not fitting:
         raise InputError(f"no prompt fits --seq-len {args.seq_len}: raise it")
+    cut = sum(text[-1] != tokenizer.end_id for _, text in fitting)
+    if cut or len(fitting) < len(some):
+        print(f"note: with --seq-len {args.seq_len}, of the first {len(some)} rows {len(some) - len(fitting)} are left out "
+              f"(the prompt is too long) and {cut} answers are cut")
 
     # --- student and frozen teacher start from the same weights; only the student gets the mask token. Ground truth as
     # targets needs no teacher, and with k = 1 there is no mask either: that is ordinary language modelling

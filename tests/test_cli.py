@@ -630,8 +630,9 @@ def test_train_batches(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "make_batch", lambda encoded, *rest: passes.append(encoded) or make(encoded, *rest))
     rows = [{"question": "q" * n, "answer": "answer " * n} for n in range(1, 16)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cli(training, "--model", tiny, "--data", tmp_path / "rows.jsonl", *QUICK, "--steps", 2, "--batch-size", 5,
-               "--micro-batch-size", 2, "--seq-len", 40, "--out", tmp_path / "out").code == 0
+    result = cli(training, "--model", tiny, "--data", tmp_path / "rows.jsonl", *QUICK, "--steps", 2, "--batch-size", 5,
+                 "--micro-batch-size", 2, "--seq-len", 40, "--out", tmp_path / "out")
+    assert result.code == 0 and re.search(r"of the first 13 rows 0 are left out .* and \d+ answers are cut", result.out)
     assert [len(encoded) for encoded in passes] == [2, 2, 1] * 3    # the timing pass and two steps
     lengths = [len(text) for encoded in passes for _, text in encoded]
     assert max(lengths) == 40 and min(lengths) < 40                 # some were cut, some are short enough

@@ -216,6 +216,8 @@ def test_speeds_and_summary(model):
     assert speeds([batch]) == pytest.approx((total / seconds, (total - first) / (seconds - prompt_seconds)))
     text = summary([batch])
     assert "27 tokens in 9 passes: 3.00 +- 0.00" in text and "3 x 9" in text and "length x 3" in text
+    one = summary([generate(model, [[5, 6]], 1, None, MASK, (), 1)])            # no pass behind the prompt's: no such speed
+    assert "prompt pass included\n" in one and "nan" not in one
     assert shared_prefix([1, 2, 3], [1, 2, 4]) == 2 and shared_prefix([1], [1, 2]) == 1 == shared_prefix([1, 2], [1])
 
 
