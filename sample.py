@@ -23,6 +23,7 @@ Shapes: B rows still decoding, T fed tokens, S cache slots, V vocabulary.
 """
 import argparse
 import codecs
+import functools
 import itertools
 import os
 import re
@@ -38,6 +39,7 @@ import torch
 from data import WordProblems, read_jsonl
 from model import DTYPES, KVCache, Transformer, pick_device, pick_dtype
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, resolve, run
+from regions import attention_mask, make_layout
 from tokenizer import Tokenizer
 
 
@@ -50,6 +52,7 @@ class Generation:
     tokens: list = field(default_factory=list)          # emitted ids, the stop token included
     confidences: list = field(default_factory=list)     # of each token: its probability at the slot that emitted it
     chunks: list = field(default_factory=list)          # tokens emitted by each pass, after every cut; sum: len(tokens)
+    drafts: list = field(default_factory=list)          # lossless: (drafts fed, drafts that stood) of each verifying pass
     finish: str = ""                                    # "stop" (token), "stop string" or "length"
     prompt_seconds: float = 0.0                         # time of the first pass, which also reads the prompt
     seconds: float = 0.0                                # from the start to this row's last token
@@ -92,10 +95,47 @@ def cut(tokens, new, limit, stop_ids, stop_strings, decode):
     return new, "length" if len(tokens) + len(new) == limit else ""
 
 
+def draw(logits, temperature, top_k, top_p, generator):
+    """One token from (V,) logits: softmax at `temperature`, its `top_k` most likely (0: all), of these the fewest that
+    hold a share of at least `top_p` (1: all)."""
+    p = (logits / temperature).softmax(dim=-1)
+    ranked, order = p.sort(descending=True)
+    if top_k:
+        ranked[top_k:] = 0
+    ranked[1:][ranked.cumsum(dim=-1)[:-1] >= top_p * ranked.sum()] = 0              # the first one always stays
+    return order[torch.multinomial(ranked, 1, generator=generator)].item()
+
+
+@functools.lru_cache
+def region_layout(pending, k, device):
+    """`pending` tokens and a region behind each of them: positions (1, L) and mask (L, L), as in training."""
+    position, region, bound, _ = make_layout([pending], [list(range(pending))], k)
+    return position.to(device), attention_mask(position, region, bound)[0].to(device)
+
+
+def verify(candidates, ids, fed, k, wide):
+    """Lossless decoding, the check: which pending tokens are what the model itself would have written?
+
+    candidates   (B, L) long: the most likely token at every fed one
+    ids          (B, L) long: what was fed: a verified token, fed - 1 drafts, and masks
+    fed          (B,) long: pending tokens of each row
+    returns stood (B,): drafts up to the first wrong one; and chosen (B, k): where the next token and its drafts are read,
+    at the last token that stood and the k - 1 masks behind it. Without `wide` only the last pending token has masks,
+    so these are worth nothing unless all drafts stood.
+    """
+    longest = int(fed.max())
+    place = torch.arange(1, longest, device=ids.device)                             # of the drafts
+    right = (candidates[:, :longest - 1] == ids[:, 1:longest]) & (place < fed[:, None])
+    stood = right.long().cumprod(dim=1).sum(dim=1)                                  # (B,)
+    first_mask = longest + stood * (k - 1) if wide else fed
+    masks = first_mask[:, None] + torch.arange(k - 1, device=ids.device)
+    return stood, torch.cat((stood[:, None], masks), dim=1)
+
+
 @torch.inference_mode()
 def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max_new_tokens=256, stop_strings=(),
-             decode=None, on_chunk=None):
-    """Decode greedily, up to k tokens per pass (paper, section on ConfAdapt). Returns one Generation per prompt.
+             decode=None, on_chunk=None, lossless=None, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+    """Decode up to k tokens per pass (paper, section on ConfAdapt). Returns one Generation per prompt.
 
     model           a Transformer
     prompts         list of lists of ids; lengths may differ
@@ -105,7 +145,12 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
     max_new_tokens  limit per row, exact even in the middle of a chunk; also cut at the model's context length
     stop_strings    a row also ends with the token that completes one of these; needs `decode`, ids -> str
     on_chunk        called as on_chunk(row, new ids) after every pass of every row
-    Raises InputError for an empty prompt, one longer than the context, or k > 1 without a mask token.
+    lossless        None: what a pass keeps is emitted. "wide" or "narrow": it is a draft, and emitted only when the next
+                    pass has verified it. `threshold` then limits what is drafted, and the text is that of k = 1
+    temperature     above 0: a pass that keeps one token draws it (see `draw`; `seed` and the row's number decide);
+                    longer chunks stay greedy
+    Raises InputError for an empty prompt, one longer than the context, k > 1 without a mask token, or a temperature in
+    lossless mode.
 
     Rows need no padding on the left. Each has its own committed length in the cache and its own number of pending
     tokens; short ones are filled up with more masks *behind* their own. In a causal model nothing to the left of those
@@ -114,54 +159,79 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
     context, device = model.config.max_position_embeddings, model.device
     if k > 1 and mask_id is None:
         raise InputError("this checkpoint has no mask token, so it emits one token per pass: train it first (train.py)")
+    if lossless and temperature > 0:
+        raise InputError("lossless decoding reproduces greedy text: it knows no temperature")
     for prompt in prompts:
         if not 0 < len(prompt) < context:
             raise InputError(f"a prompt of {len(prompt)} tokens does not fit the model's context of {context} tokens")
     results = [Generation() for _ in prompts]
     limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
-    pending = [list(prompt) for prompt in prompts]                      # kept, but not yet in the cache
+    pending = [list(prompt) for prompt in prompts]                      # kept or drafted, but not yet in the cache
+    committed = [0] * len(prompts)                                      # tokens in the cache: cache.length for the host
     active = list(range(len(prompts)))                                  # rows still decoding, in the cache's order
+    filler = 0 if mask_id is None else mask_id                          # k = 1: any id will do, nothing sees it
+    generators = [torch.Generator(device).manual_seed(seed * 1_000_003 + row) for row in active] if temperature > 0 else []
     # room for the longest row, the pass that overshoots it included
-    capacity = max(map(len, prompts), default=0) + max(limits, default=0) + 2 * k
+    capacity = max(map(len, prompts), default=0) + max(limits, default=0) + k * max(2, k if lossless == "wide" else 0)
     cache = KVCache(model.config, len(prompts), capacity, device, model.model.embed_tokens.weight.dtype)
-    start = time.perf_counter()
+    start, verifying = time.perf_counter(), False                       # the first pass has nothing to verify
     while active:
-        # --- 1. feed the pending tokens and at least k - 1 masks
-        fed = [len(pending[row]) for row in active]
-        width = max(fed) + k - 1
-        filler = 0 if mask_id is None else mask_id                      # k = 1: any id will do, nothing sees it
-        ids = torch.tensor([pending[row] + [filler] * (width - n) for row, n in zip(active, fed)], device=device)
-        fed = torch.tensor(fed, device=device)                          # (B,)
-        positions = cache.next_slots(width)                             # (B, T): in decoding, slot = position
-        longest = max(len(prompts[row]) + len(results[row].tokens) - len(pending[row]) for row in active)
-        slots = torch.arange(longest + width, device=device)            # (S,)
-        mask = slots <= positions[:, :, None]                           # (B, T, S): causal, by absolute position
-        # --- 2. candidates and confidences at the last pending token and the k - 1 masks behind it
+        # --- 1. feed the pending tokens and masks: k - 1 behind the last one, or, to verify, behind each ("wide")
+        counts = [len(pending[row]) for row in active]
+        longest, wide = max(counts), verifying and lossless == "wide"
+        width = longest * k if wide else longest + k - 1
+        ids = torch.tensor([pending[row] + [filler] * (width - n) for row, n in zip(active, counts)], device=device)
+        fed = torch.tensor(counts, device=device)                       # (B,)
+        slots = torch.arange(max(committed[row] for row in active) + width, device=device)             # (S,)
+        if wide:                                                        # position and slot differ: the training layout
+            position, own = region_layout(longest, k, device)
+            positions = cache.length[:, None] + position                # (B, T)
+            place = slots - cache.length[:, None]                       # (B, S) in this pass; below 0: committed
+            mask = own[:, place.clamp(0, width - 1)].transpose(0, 1) & (place < width)[:, None] | (place < 0)[:, None]
+        else:                                                           # position = slot, and the mask is causal
+            positions = cache.next_slots(width)                         # (B, T)
+            mask = slots <= positions[:, :, None]                       # (B, T, S)
+        # --- 2. candidates and confidences at the last pending token and the k - 1 masks behind it; to verify, everywhere
         rows = torch.arange(len(active), device=device)[:, None]
-        at = (rows, fed[:, None] - 1 + torch.arange(k, device=device))
-        logits = model(ids, positions, mask, cache, at=at).float()      # (B, k, V)
+        at = None if verifying else (rows, fed[:, None] - 1 + torch.arange(k, device=device))
+        logits = model(ids, positions, mask, cache, at=at).float()      # (B, k or T, V)
         if mask_id is not None:
             logits[..., mask_id] = -torch.inf
-        top, candidates = logits.max(dim=-1)                            # (B, k) each
-        confidence = (top - logits.logsumexp(dim=-1)).exp()             # (B, k)
-        # --- 3. keep the static or confident prefix;  4. commit what was pending, forget the masks
+        top, candidates = logits.max(dim=-1)                            # (B, k or T) each
+        confidence = (top - logits.logsumexp(dim=-1)).exp()
+        # --- 3. keep the static or confident prefix;  4. commit what was pending and stands, forget the rest
+        plain, sure, stood = candidates, confidence, fed - 1            # `plain` is read in lossless mode only
+        if verifying:
+            stood, chosen = verify(candidates, ids, fed, k, wide)
+            candidates, confidence = candidates[rows, chosen], confidence[rows, chosen]
         kept = accept(confidence, threshold)                            # (B,)
-        cache.advance(fed)
+        if verifying and not wide:
+            kept = torch.where(stood == fed - 1, kept, 1)
+        cache.advance(stood + 1)
         # --- 5. cut each row where it ends (the one place where the host waits for the device)
-        kept, candidates, confidence = kept.tolist(), candidates.tolist(), confidence.tolist()
+        kept, stood = kept.tolist(), stood.tolist()
+        candidates, confidence = candidates.tolist(), confidence.tolist()
         now = time.perf_counter() - start
         going = []
         for i, row in enumerate(active):
-            result = results[row]
-            new, result.finish = cut(
-                result.tokens, candidates[i][:kept[i]], limits[row], stop_ids, stop_strings, decode)
+            result, new, certain = results[row], candidates[i][:kept[i]], confidence[i][:kept[i]]
+            committed[row] += stood[i] + 1
+            pending[row] = new
+            if lossless:                                                # emitted: what stood, and the token after it
+                count = stood[i] + 1 if verifying else 1
+                new, certain = plain[i, :count].tolist(), sure[i, :count].tolist()
+                if verifying:
+                    result.drafts.append((counts[i] - 1, stood[i]))
+            elif temperature > 0 and kept[i] == 1:
+                new = pending[row] = [draw(logits[i, 0], temperature, top_k, top_p, generators[row])]
+                certain = logits[i, 0].log_softmax(dim=-1)[new].exp().tolist()
+            new, result.finish = cut(result.tokens, new, limits[row], stop_ids, stop_strings, decode)
             result.tokens += new
-            result.confidences += confidence[i][:len(new)]
+            result.confidences += certain[:len(new)]
             result.chunks.append(len(new))
             result.seconds = now
             if result.passes == 1:
                 result.prompt_seconds = now
-            pending[row] = new
             if not result.finish:
                 going.append(i)
             if on_chunk:
@@ -169,6 +239,7 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
         if len(going) < len(active):                                    # rows that are done leave the batch
             cache.keep_rows(torch.tensor(going, dtype=torch.long, device=device))
             active = [active[i] for i in going]
+        verifying = lossless is not None
     return results
 
 

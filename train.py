@@ -46,72 +46,9 @@ from data import draw_rows, encode_rows, load_data
 from eval_gsm8k import extract_flexible, normalise
 from model import DTYPES, Transformer, add_mask_token, machine, pick_device, pick_dtype, save_pretrained
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, new_folder, resolve, run
+from regions import PADDING, attention_mask, choose_anchors, make_layout
 from sample import chunks_of, generate, printable, shared_prefix
 from tokenizer import Tokenizer
-
-TEXT, PADDING = -1, -2                  # values of `region` for tokens that belong to none
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Layout: many problems in one sequence (paper, section on training; method "regions")
-
-def make_layout(prompt_lengths, lengths, k, offset, stride):
-    """Where the masks go: text first, then one region of k-1 masks for every anchor.
-
-        tokens     x0 x1 x2 x3 x4 x5 x6 x7 | M M | M M          k = 3, anchors 2 and 5
-        position    0  1  2  3  4  5  6  7 | 3 4 | 6 7          a mask stands where the token it predicts from would be
-        region      .  .  .  .  .  .  .  . | 0 0 | 1 1
-        bound       0  1  2  3  4  5  6  7 | 2 2 | 5 5          the last text position that a token may see
-
-    An anchor is the last token of the text that its region sees: the region predicts what follows. Candidates are the
-    last prompt token up to the token before the last; every `stride`-th is taken, from `offset` on. With stride < k
-    regions overlap, which does no harm: they do not see each other.
-
-    prompt_lengths, lengths     B ints each: tokens of the prompt, and of the whole text
-    returns (position, region, bound), each (B, L) long, and slots, a pair of (N, k) long: row and place of the k
-    predictions of every region: slot 1 at the anchor, the others at its masks
-    """
-    anchors = [list(range(prompt - 1 + offset, length - 1, stride)) for prompt, length in zip(prompt_lengths, lengths)]
-    B, T, R = len(lengths), max(lengths), max(map(len, anchors))
-    position = torch.zeros(B, T + R * (k - 1), dtype=torch.long)
-    bound, region = torch.zeros_like(position), torch.full_like(position, PADDING)
-    rows, places = [], []
-    for b, (length, row_anchors) in enumerate(zip(lengths, anchors)):
-        position[b, :length] = bound[b, :length] = torch.arange(length)
-        region[b, :length] = TEXT
-        for r, anchor in enumerate(row_anchors):
-            first = T + r * (k - 1)
-            masks = slice(first, first + k - 1)
-            position[b, masks] = anchor + torch.arange(1, k)
-            bound[b, masks] = anchor
-            region[b, masks] = r
-            rows.append([b] * k)
-            places.append([anchor, *range(first, first + k - 1)])
-    slots = (torch.tensor(rows, dtype=torch.long).view(-1, k), torch.tensor(places, dtype=torch.long).view(-1, k))
-    return position, region, bound, slots
-
-
-def attention_mask(position, region, bound):
-    """Who sees whom: (B, L) each -> (B, L, L) bool, [b, query, key].
-
-              key  x0 x1 x2 x3 | M3 M4 | M4 M5        k = 3, anchors 2 and 3; masks named by position
-        x0          #  .  .  . |  .  . |  .  .
-        x1          #  #  .  . |  .  . |  .  .        text: causal, and blind to every mask, so the text's logits
-        x2          #  #  #  . |  .  . |  .  .        are those of the plain model
-        x3          #  #  #  # |  .  . |  .  .
-        M3          #  #  #  . |  #  . |  .  .        a mask: text up to its region's anchor,
-        M4          #  #  #  . |  #  # |  .  .        and its own region's masks up to itself
-        M4          #  #  #  # |  .  . |  #  .
-        M5          #  #  #  # |  .  . |  #  #
-
-    Nobody sees padding. (Padding itself looks at the first token, as a query must look at something.)
-    """
-    key_is_text = (region == TEXT)[:, None, :]                                              # (B, 1, L)
-    key_is_mask = (region >= 0)[:, None, :]
-    text_before = position[:, None, :] <= bound[:, :, None]                                 # (B, L, L)
-    same_region = region[:, None, :] == region[:, :, None]
-    not_after = position[:, None, :] <= position[:, :, None]
-    return (key_is_text & text_before) | (key_is_mask & same_region & not_after)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,7 +115,8 @@ def draw_k_and_offset(step, args):
 def make_batch(encoded, k, offset, stride, mask_id, end_id, device):
     """Encoded rows -> (ids, position, mask, slots, truth) for `region_loss`, on `device`."""
     lengths = [len(text) for _, text in encoded]
-    position, region, bound, slots = make_layout([prompt for prompt, _ in encoded], lengths, k, offset, stride)
+    anchors = choose_anchors([prompt for prompt, _ in encoded], lengths, offset, stride)
+    position, region, bound, slots = make_layout(lengths, anchors, k)
     text = torch.full((len(encoded), max(lengths) + k), end_id)             # behind its end a text goes on with the end
     for b, (_, row) in enumerate(encoded):
         text[b, :len(row)] = torch.tensor(row)

@@ -2,6 +2,7 @@
 `generate` against slow references: transformers' greedy decoding for k = 1, an uncached loop for everything else; and the
 edges that users of such loops ask about: stop tokens and limits in the middle of a chunk, ragged batches, stop strings.
 """
+import copy
 import json
 import random
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from conftest import TINY_VOCAB, tiny_checkpoint
 
-from model import Transformer, add_mask_token, save_pretrained
+import sample
+from model import KVCache, Transformer, add_mask_token, save_pretrained
 from pretrained import InputError
 from sample import accept, chunks_of, cut, generate, shared_prefix, speeds, strategy, summary
 from tokenizer import Tokenizer
@@ -24,6 +26,20 @@ def model(tmp_path_factory):
     model = Transformer.from_pretrained(folder).eval()
     add_mask_token(model, MASK)
     return model
+
+
+@pytest.fixture(scope="module")
+def willing(model):
+    """The same model, made to repeat itself: what its masks predict is then often what it goes on with."""
+    willing = copy.deepcopy(model)
+    with torch.no_grad():
+        for block in willing.model.layers:
+            block.self_attn.o_proj.weight.mul_(0.5)
+            block.mlp.down_proj.weight.mul_(0.5)
+        table = willing.model.embed_tokens.weight
+        table[MASK] = 0.0
+        table[3:40] = table[3:4] + 0.3 * table[3:40]
+    return willing
 
 
 def random_prompts(count, seed, longest=24):
@@ -253,3 +269,129 @@ def test_generation_config_of_a_saved_checkpoint(tmp_path):
     Tokenizer(tmp_path / "a").save(tmp_path / "b", MASK)
     saved = json.loads((tmp_path / "b" / "generation_config.json").read_text())
     assert saved["suppress_tokens"] == [MASK] and saved["eos_token_id"] == 2
+
+
+# --- lossless decoding
+
+LOSSLESS = [(k, threshold, form) for k, threshold in ((2, None), (4, None), (4, 0.05)) for form in ("wide", "narrow")]
+
+
+@torch.no_grad()
+def uncached_lossless(model, prompt, k, threshold, form, stop_ids, limit):
+    """Drafts are checked one by one with plain passes over the whole text, as if they cost nothing."""
+    def slots(text):
+        """Candidates and probabilities of the k slots behind `text`."""
+        ids = text + [MASK] * (k - 1)
+        n = len(ids)
+        logits = model(torch.tensor([ids]), torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril())[0, -k:, :MASK]
+        return logits.argmax(dim=-1).tolist(), logits.softmax(dim=-1).max(dim=-1).values.tolist()
+
+    tokens, chunks, drafts = [], [], []
+    while True:
+        new = []                                                    # one ordinary prediction, and one more for each
+        while not new or drafts and drafts.pop(0) == new[-1]:       # draft that it confirms
+            candidates, p = slots(prompt + tokens + new)
+            new.append(candidates[0])
+            all_stood = not drafts
+        count = 1
+        while count < k and (threshold is None or p[count] >= threshold):
+            count += 1
+        drafts = candidates[1:count] if form == "wide" or all_stood else []
+        chunks.append(0)
+        for token in new:
+            tokens.append(token)
+            chunks[-1] += 1
+            if token in stop_ids:
+                return tokens, chunks, "stop"
+            if len(tokens) == limit:
+                return tokens, chunks, "length"
+
+
+@pytest.mark.parametrize("k, threshold, form", LOSSLESS)
+def test_lossless_passes_against_the_slow_reference(willing, k, threshold, form):
+    """Not only the text: the same tokens in each pass, with a model whose drafts are sometimes right."""
+    sizes, rejected = set(), 0
+    for prompt in random_prompts(6, seed=1):
+        result, = generate(willing, [prompt], k, threshold, MASK, {11, 12}, 30, lossless=form)
+        assert (result.tokens, result.chunks, result.finish) == uncached_lossless(
+            willing, prompt, k, threshold, form, {11, 12}, 30)
+        sizes |= set(result.chunks)
+        rejected += sum(stood < fed for fed, stood in result.drafts)
+    assert sizes >= {1, 2} and rejected and max(sizes) <= k
+
+
+@pytest.mark.parametrize("k, threshold, form", LOSSLESS)
+def test_lossless_text_is_greedy_text(model, k, threshold, form):
+    """Token for token, in a batch of ragged prompts that end at different passes; drafts are mostly wrong here."""
+    prompts, stop_ids = random_prompts(16, seed=4), set(range(10, 14))
+    plain = generate(model, prompts, 1, None, MASK, stop_ids, 25)
+    together = generate(model, prompts, k, threshold, MASK, stop_ids, 25, lossless=form)
+    assert [(r.tokens, r.finish) for r in together] == [(r.tokens, r.finish) for r in plain]
+    for a, b in zip(together, plain):
+        assert a.confidences == pytest.approx(b.confidences, abs=1e-4)
+    alone = [generate(model, [prompt], k, threshold, MASK, stop_ids, 25, lossless=form)[0] for prompt in prompts]
+    assert [(r.tokens, r.chunks, r.drafts) for r in together] == [(r.tokens, r.chunks, r.drafts) for r in alone]
+    assert {r.finish for r in together} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("form", ["wide", "narrow"])
+def test_rejected_drafts_leave_no_trace(willing, form, monkeypatch):
+    """The committed part of the cache is that of the plain model on prompt + answer, whatever was drafted in between."""
+    caches = []
+    monkeypatch.setattr(sample, "KVCache", lambda *args: caches.append(KVCache(*args)) or caches[-1])
+    monkeypatch.setattr(KVCache, "keep_rows", lambda cache, rows: None)             # the last state stays to be looked at
+    prompt = random_prompts(1, seed=5)[0]
+    result, = generate(willing, [prompt], 4, None, MASK, (), 30, lossless=form)
+    assert any(stood < fed for fed, stood in result.drafts)
+    used, length = caches[0], int(caches[0].length[0])
+    assert len(prompt) < length < len(prompt) + 30
+    text = (prompt + result.tokens)[:length]
+    fresh = KVCache(willing.config, 1, length, torch.device("cpu"), torch.float32)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    with torch.no_grad():
+        willing(torch.tensor([text]), torch.arange(length)[None], causal, fresh)
+    for ours, theirs in zip(used.keys + used.values, fresh.keys + fresh.values):
+        torch.testing.assert_close(ours[:, :length], theirs, rtol=0, atol=1e-5)
+
+
+def test_verify():
+    """A wrong draft ends the run, right ones behind it notwithstanding; a short row's masks are no drafts."""
+    ids = torch.tensor([[5, 6, 7, 8, MASK, MASK], [5, 6, 7, MASK, MASK, MASK], [5, MASK, MASK, MASK, MASK, MASK]])
+    candidates = torch.tensor([[6, 0, 8, 9, 0, 0], [6, 7, 1, 0, 0, 0], [MASK, MASK, 1, 0, 0, 0]])
+    stood, chosen = sample.verify(candidates, ids, torch.tensor([4, 3, 1]), k=3, wide=False)
+    assert stood.tolist() == [1, 2, 0] and chosen.tolist() == [[1, 4, 5], [2, 3, 4], [0, 1, 2]]
+    stood, chosen = sample.verify(candidates, ids, torch.tensor([4, 3, 1]), k=3, wide=True)
+    assert chosen.tolist() == [[1, 6, 7], [2, 8, 9], [0, 4, 5]]
+
+
+# --- sampling
+
+def test_sampling_is_seeded_and_leaves_long_chunks_alone(willing):
+    prompts = random_prompts(8, seed=6)
+
+    def texts(**settings):
+        return [r.tokens for r in generate(willing, prompts, 3, 0.5, MASK, (), 20, **settings)]
+
+    assert texts(temperature=1.0, seed=1) == texts(temperature=1.0, seed=1) != texts(temperature=1.0, seed=2)
+    assert texts(temperature=1.0, top_k=1) == texts() == texts(temperature=1.0, top_p=1e-9) == texts(temperature=1e-6)
+    alone = [generate(willing, [prompt], 3, 0.5, MASK, (), 20, temperature=1.0, seed=1)[0].tokens for prompt in prompts[:1]]
+    assert alone == texts(temperature=1.0, seed=1)[:1]              # a row's draws are its own
+    static = [r.tokens for r in generate(willing, prompts, 3, None, MASK, (), 20, temperature=1.0)]
+    assert static == [r.tokens for r in generate(willing, prompts, 3, None, MASK, (), 20)]      # every chunk has 3 tokens
+    with pytest.raises(InputError, match="lossless"):
+        generate(willing, prompts, 3, None, MASK, (), 20, temperature=1.0, lossless="wide")
+
+
+def test_draw_follows_the_distribution():
+    logits, generator = torch.tensor([0.0, 1.0, 2.0, -1.0]), torch.Generator().manual_seed(0)
+
+    def share(**settings):
+        drawn = [sample.draw(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings, generator=generator)
+                 for _ in range(3000)]
+        return [drawn.count(i) / 3000 for i in range(4)]
+
+    assert share() == pytest.approx(logits.softmax(-1).tolist(), abs=0.03)
+    assert share(temperature=2.0) == pytest.approx((logits / 2).softmax(-1).tolist(), abs=0.03)
+    two = (logits[1:3]).softmax(-1).tolist()
+    assert share(top_k=2) == pytest.approx([0, *two, 0], abs=0.03) == share(top_p=0.8)  # 0.64 alone is less than 0.8
+    assert share(top_p=0.6) == [0, 0, 1, 0]

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY_VOCAB, tiny_checkpoint
 
+import regions
 import train as training
 from model import Transformer, add_mask_token
 from pretrained import InputError
-from train import attention_mask, hard_targets, make_batch, make_layout, region_loss
+from regions import attention_mask, choose_anchors, make_layout
+from train import hard_targets, make_batch, region_loss
 
 CPU = torch.device("cpu")
 
@@ -41,9 +43,9 @@ def random_rows(seed, shapes=((4, 17), (6, 11), (1, 9))):
 
 def test_layout_is_the_docstring_picture():
     """Text of 8, prompt of 3, k = 3, every third token from the last prompt token on: anchors 2 and 5."""
-    position, region, bound, (row, place) = make_layout([3], [8], k=3, offset=0, stride=3)
+    position, region, bound, (row, place) = make_layout([8], choose_anchors([3], [8], offset=0, stride=3), k=3)
     assert position.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 6, 7]]
-    assert region.tolist() == [[training.TEXT] * 8 + [0, 0, 1, 1]]
+    assert region.tolist() == [[regions.TEXT] * 8 + [0, 0, 1, 1]]
     assert bound.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 2, 2, 5, 5]]
     assert row.tolist() == [[0] * 3] * 2 and place.tolist() == [[2, 8, 9], [5, 10, 11]]
 
@@ -52,22 +54,23 @@ def test_anchors_reach_from_the_last_prompt_token_to_the_one_before_the_end():
     """Over all offsets each candidate is an anchor exactly once: nothing is trained on twice, nothing never."""
     for stride in (1, 2, 3, 5):
         anchors = sorted(anchor for offset in range(stride)
-                         for anchor in make_layout([4], [12], 2, offset, stride)[3][1][:, 0].tolist())
+                         for anchor in make_layout([12], choose_anchors([4], [12], offset, stride), 2)[3][1][:, 0].tolist())
         assert anchors == list(range(3, 11))
 
 
 @pytest.mark.parametrize("k, offset, stride", [(2, 0, 1), (3, 1, 2), (4, 2, 3), (5, 0, 7), (1, 0, 2)])
 def test_mask_against_a_double_loop(k, offset, stride):
     """The rule of the method, spelled out for one query and one key at a time."""
-    position, region, bound, _ = make_layout([4, 6, 1], [17, 11, 9], k, offset, stride)
+    anchors = choose_anchors([4, 6, 1], [17, 11, 9], offset, stride)
+    position, region, bound, _ = make_layout([17, 11, 9], anchors, k)
     mask = attention_mask(position, region, bound)
     for b in range(3):
         for q in range(mask.shape[1]):
             for key in range(mask.shape[2]):
-                if region[b, key] == training.TEXT:
-                    limit = position[b, q] if region[b, q] == training.TEXT else bound[b, q]
+                if region[b, key] == regions.TEXT:
+                    limit = position[b, q] if region[b, q] == regions.TEXT else bound[b, q]
                     expected = bool(position[b, key] <= limit)
-                elif region[b, key] == training.PADDING:
+                elif region[b, key] == regions.PADDING:
                     expected = False
                 else:
                     expected = bool(region[b, q] == region[b, key] and position[b, key] <= position[b, q])
