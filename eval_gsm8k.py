@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data import WordProblems, read_hub, read_jsonl
 from model import DTYPES, machine, pick_device, pick_dtype
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, read_json, resolve, run, weight_files, write_json
-from sample import Generation, default_model, generate, load, shared_prefix, speeds, strategy
+from sample import Generation, default_model, generate, load, shared_prefix, speeds, strategy, strategy_name
 
 # Prompt formats beside the tokenizer's own two, "plain" and "chat": lm-eval's gsm8k_cot and gsm8k_cot_zeroshot
 QA_FORMATS = {"qa": "Q: {question}\nA:", "qa-step": "Q: {question}\nA: Let's think step by step."}
@@ -117,10 +117,6 @@ def build_prompt(tokenizer, question, examples, style):
     shots = "".join(f"Q: {row['question']}\nA: {answer}\n\n" for row, answer in zip(examples, answers))
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return bos + tokenizer.encode(shots + QA_FORMATS[style].format(question=question))
-
-
-def strategy_name(k, threshold):
-    return f"static {k}" if threshold is None else f"adaptive {threshold:g}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,7 +216,8 @@ def pareto_plot(table):
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for kind, colour, marker in (("static", "#E69F00", "s"), ("adaptive", "#0072B2", "o"), ("start", "#000000", "*")):
+    for kind, colour, marker in (("static", "#E69F00", "s"), ("adaptive", "#0072B2", "o"), ("lossless", "#009E73", "D"),
+                                 ("start", "#000000", "*")):
         points = sorted((e["tokens_per_forward"], 100 * e["accuracy"], 100 * e["stderr"], e["strategy"])
                         for e in table if e["strategy"].startswith(kind))
         if points:
@@ -297,6 +294,8 @@ def get_args():
     add = parser.add_argument_group("decoding strategies").add_argument
     add("--k", type=int, nargs="+", help="static k, one or several (1 to 5, up to k_max, where --threshold is absent too)")
     add("--threshold", type=float, nargs="+", help="adaptive, one or several (0.99 0.95 0.9 0.8 0.7 0.6)")
+    add("--lossless", action=argparse.BooleanOptionalAction, default=False, help="also lossless decoding, up to k_max")
+    add("--narrow", action=argparse.BooleanOptionalAction, default=False, help="also its narrow form")
     add("--max-new-tokens", type=int, default=256, help="(%(default)s)")
     add("--batch-size", type=int, default=8, help="questions decoded together (%(default)s)")
     add = parser.add_argument_group("models, files, machine").add_argument
@@ -340,11 +339,13 @@ def main():
     if not ks and not thresholds:
         ks = range(1, min(5, k_max) + 1)
         thresholds = [0.99, 0.95, 0.9, 0.8, 0.7, 0.6] if k_max > 1 else []
-    pairs = [(1, None)] + [strategy(k, None, k_max) for k in ks if k != 1] + [strategy(None, t, k_max) for t in thresholds]
-    plan = [(strategy_name(*pair), model, *pair) for pair in dict.fromkeys(pairs)]
+    ways = [(1, None, None)] + [(*strategy(k, None, k_max), None) for k in ks if k != 1]
+    ways += [(*strategy(None, threshold, k_max), None) for threshold in thresholds]
+    ways += [(k_max, None, form) for form, wanted in (("wide", args.lossless), ("narrow", args.narrow)) if wanted]
+    plan = [(strategy_name(*way), model, *way) for way in dict.fromkeys(ways)]
     start = load(args.baseline, device, dtype, args.cache)[0] if args.baseline else None
     if start is not None:
-        plan.insert(0, ("start, k = 1", start, 1, None))
+        plan.insert(0, ("start, k = 1", start, 1, None, None))
 
     settings = {"checkpoint": fingerprint(resolve(name, args.cache)), "data": args.data, "questions": len(questions),
                 "shots": args.shots, "prompt_format": style, "stop": stops, "seed": args.seed,
@@ -361,14 +362,14 @@ def main():
     # --- ask everything
     rows = {strategy: [] for strategy, *_ in plan}
     bar = tqdm(total=len(plan) * len(prompts), unit="answer", dynamic_ncols=True)
-    for strategy_, writer, k, threshold in plan:
+    for strategy_, writer, k, threshold, lossless in plan:
         for at in range(0, len(prompts), args.batch_size):
             batch = done.get((strategy_, at))
             if batch is None:
                 some = prompts[at:at + args.batch_size]
                 mask_id = None if writer is start else tokenizer.mask_id        # the start's matrix may lack its row
                 results = generate(writer, some, k, threshold, mask_id, tokenizer.stop_ids,
-                                   args.max_new_tokens, stops, tokenizer.decode)
+                                   args.max_new_tokens, stops, tokenizer.decode, lossless=lossless)
                 batch = [{"id": at + i, "strategy": strategy_, "batch": at, "batch_rows": len(some),
                           **{key: value for key, value in asdict(result).items() if key != "confidences"},
                           **score(result, tokenizer, golds[at + i], stops, task), "gold": golds[at + i],

@@ -180,9 +180,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask, cache, layer, slots):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)                    # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)                    # (B, T, G, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)                    # (B, T, G, D)
+        q, k, v = self.qkv_proj(x) if hasattr(self, "qkv_proj") else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q = q.view(B, T, -1, self.head_dim)                                 # (B, T, H, D)
+        k = k.view(B, T, -1, self.head_dim)                                 # (B, T, G, D)
+        v = v.view(B, T, -1, self.head_dim)                                 # (B, T, G, D)
         if hasattr(self, "q_norm"):                                         # Qwen3: per head, before the rotation
             q, k = self.q_norm(q), self.k_norm(k)
         q = apply_rope(q.transpose(1, 2), cos, sin)                         # (B, H, T, D)
@@ -205,7 +206,22 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x) if hasattr(self, "gate_up_proj") else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Fused(nn.Module):
+    """Several linear layers of one input as one matrix product; see Transformer.fuse."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.sizes = [layer.out_features for layer in layers]
+        self.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
+        self.bias = None if layers[0].bias is None else nn.Parameter(
+            torch.cat([layer.bias for layer in layers]), requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
 
 
 class Block(nn.Module):
@@ -277,6 +293,19 @@ class Transformer(nn.Module):
         x = self.model.norm(x if at is None else x[at])                     # (B, T, C) or (*at, C)
         return F.linear(x, self.output_matrix)
 
+    def fuse(self):
+        """For inference: q, k, v and gate, up as one matrix product each. In place, returns the model.
+
+        A small pass waits for memory and for one kernel launch after another, so fewer and larger products are faster;
+        the numbers stay the same up to rounding. Modules lose the checkpoint's names: a fused model can not be saved.
+        """
+        for block in self.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            attention.qkv_proj = Fused(attention.q_proj, attention.k_proj, attention.v_proj)
+            mlp.gate_up_proj = Fused(mlp.gate_proj, mlp.up_proj)
+            del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+        return self
+
     @classmethod
     def from_scratch(cls, folder, seed=0, device="cpu"):
         """Random fp32 weights for the config.json of `folder`, as in GPT-2: normal with standard deviation 0.02, smaller
@@ -345,6 +374,8 @@ def save_pretrained(model, folder, nanomtp=None):
     nanomtp   a dict that is kept in config.json under that name: mask_token_id, k_max, prompt_format, bidirectional,
               data, steps. Absent in an ordinary model. The tokenizer's files are written by `Tokenizer.save`.
     """
+    if any(isinstance(module, Fused) for module in model.modules()):
+        raise InputError("a fused model has lost the checkpoint's names: save it before fuse()")
     folder, raw = Path(folder), copy.deepcopy(model.config.raw)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")

@@ -258,16 +258,24 @@ def default_model():
     return "out/latest" if Path("out/latest").is_dir() else DEFAULT_MODEL
 
 
-def strategy(k, threshold, k_max):
+def strategy(k, threshold, k_max, lossless=None):
     """(k, threshold) for `generate` from the two flags, either of which may be None. Raises InputError for k > k_max.
 
-    k alone: static k.  threshold alone: adaptive up to k_max.  Both: adaptive, at most k.  Neither: adaptive 0.9.
+    k alone: static k.  threshold alone: adaptive up to k_max.  Both: adaptive, at most k.  Neither: adaptive 0.9, and in
+    lossless mode, where a wrong draft costs nothing but its place in the pass, all drafts.
     """
-    if k is None and threshold is None:
+    if k is None and threshold is None and not lossless:
         threshold = 0.9
     if k is not None and not 1 <= k <= k_max:
         raise InputError(f"--k {k}: this checkpoint was trained for 1 to {k_max} tokens per pass")
     return k or k_max, threshold
+
+
+def strategy_name(k, threshold, lossless=None):
+    """How tables and headings call a strategy."""
+    if lossless:
+        return f"lossless {k}" + (" narrow" if lossless == "narrow" else "") + (f" at {threshold:g}" if threshold else "")
+    return f"static {k}" if threshold is None or k == 1 else f"adaptive {threshold:g}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -322,6 +330,14 @@ def speeds(batches):
     return tokens / seconds, (tokens - first_tokens) / decode_seconds if decode_seconds > 0 else float("nan")
 
 
+def acceptance_by_position(results):
+    """Lossless decoding: for draft 1, 2, ... of a pass, the share of those fed that stood. One that is right behind a wrong
+    one did not stand: acceptance(j) = passes with at least j standing drafts / passes with at least j drafts fed."""
+    passes = [counts for result in results for counts in result.drafts]
+    most = max((fed for fed, _ in passes), default=0)
+    return [sum(stood >= j for _, stood in passes) / sum(fed >= j for fed, _ in passes) for j in range(1, most + 1)]
+
+
 def summary(batches):
     """A few lines about what came out and how fast."""
     results = [result for batch in batches for result in batch]
@@ -330,13 +346,15 @@ def summary(batches):
     spread = f" +- {statistics.stdev(per_forward):.2f}" if len(results) > 1 else ""
     prompts = f" over {len(results)} prompts" if len(results) > 1 else ""
     whole, decode = speeds(batches)
+    acceptance = [f"{share:.0%}" for share in acceptance_by_position(results)]
     sizes = sorted(Counter(size for r in results for size in r.chunks).items())
     finishes = sorted(Counter(r.finish for r in results).items())
     return (f"{tokens} tokens in {passes} passes: {statistics.mean(per_forward):.2f}{spread} tokens per forward{prompts}\n"
             f"{whole:.1f} tokens/s, prompt pass included"
             + (f"; {decode:.1f} tokens/s decoding only\n" if passes > len(results) else "\n") +
             "chunk sizes: " + ", ".join(f"{size} x {count}" for size, count in sizes) + "\n"
-            "finished by: " + ", ".join(f"{reason} x {count}" for reason, count in finishes))
+            "finished by: " + ", ".join(f"{reason} x {count}" for reason, count in finishes)
+            + ("\nacceptance of draft 1, 2, ... (stood / fed): " + ", ".join(acceptance) if acceptance else ""))
 
 
 def shared_prefix(a, b):
@@ -375,6 +393,11 @@ def main():
     add("--k", type=int, help="most tokens per pass; alone: static k, all of them kept; 1: plain decoding")
     add("--threshold", type=float, help="adaptive: keep tokens of at least this confidence, at most the checkpoint's "
         "k_max or --k (0.9 where --k is not given)")
+    add("--lossless", action=flag, default=False, help="emit only what the next pass has verified: the text of --k 1")
+    add("--narrow", action=flag, default=False, help="lossless: masks behind the last pending token only, not behind each")
+    add("--temperature", type=float, default=0.0, help="above 0: draw the tokens that come alone (%(default)s: greedy)")
+    add("--top-k", type=int, default=0, help="draw from the k most likely (%(default)s: all)")
+    add("--top-p", type=float, default=1.0, help="draw from the fewest that hold this share (%(default)s: all)")
     add("--max-new-tokens", type=int, default=256, help="(%(default)s)")
     add("--stop", action="append", default=[], help="a string that ends an answer; may be given several times")
     add("--ignore-stop", action=flag, default=False, help="do not end at stop tokens")
@@ -389,6 +412,12 @@ def main():
     for name in ("batch_size", "max_new_tokens", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+        raise InputError("--temperature and --top-k must be at least 0, --top-p above 0 and at most 1")
+    if args.lossless and args.temperature > 0:
+        raise InputError("--lossless reproduces greedy text: it knows no --temperature")
+    if args.narrow and not args.lossless:
+        raise InputError("--narrow is a form of --lossless: give both")
     if "" in args.stop:
         raise InputError("--stop must not be empty")
     questions = read_questions(args)
@@ -396,13 +425,14 @@ def main():
     model, tokenizer, trained = load(args.model or default_model(), device, pick_dtype(args.dtype, device), args.cache)
     if not trained:
         print("note: this model has not been trained for several tokens per pass, so each pass emits one (train.py)")
-    k, threshold = strategy(args.k, args.threshold, trained.get("k_max", 1))
+    lossless = args.lossless and ("narrow" if args.narrow else "wide")
+    k, threshold = strategy(args.k, args.threshold, trained.get("k_max", 1), lossless)
     style = args.prompt_format or trained.get("prompt_format") or ("chat" if tokenizer.chat else "plain")
     prompts = [tokenizer.prompt(question, style) for question in questions]
 
-    def answer_all(k, threshold):
+    def answer_all(k, threshold, **more):
         """Decode all questions and print the answers; returns the Generations. A single answer is printed as it comes."""
-        print(f"\n=== k = {k}, " + ("static" if threshold is None or k == 1 else f"threshold {threshold}"))
+        print("\n=== " + strategy_name(k, threshold, more.get("lossless")))
         batches, live = [], len(prompts) == 1
         for at in range(0, len(prompts), args.batch_size):
             printers = [ChunkPrinter(tokenizer) for _ in prompts[at:at + args.batch_size]]
@@ -411,7 +441,7 @@ def main():
             batches.append(generate(
                 model, prompts[at:at + args.batch_size], k, threshold, tokenizer.mask_id,
                 () if args.ignore_stop else tokenizer.stop_ids, args.max_new_tokens, args.stop, tokenizer.decode,
-                on_chunk=(lambda row, new, printers=printers: printers[row](new)) if live else None))
+                on_chunk=(lambda row, new, printers=printers: printers[row](new)) if live else None, **more))
             for question, result, printer in zip(questions[at:], batches[-1], printers):
                 if not live:
                     print(f"\n{question}\n")
@@ -421,7 +451,8 @@ def main():
         print("\n" + summary(batches))
         return [result for batch in batches for result in batch]
 
-    ours = answer_all(k, threshold)
+    ours = answer_all(k, threshold, lossless=lossless or None, temperature=args.temperature, top_k=args.top_k,
+                      top_p=args.top_p, seed=args.seed)
     if args.compare:
         plain = answer_all(1, None)
         same = sum(a.tokens == b.tokens for a, b in zip(ours, plain))
