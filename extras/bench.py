@@ -249,8 +249,8 @@ def main():
             f"{args.max_new_tokens} new, {args.rounds} rounds in turns; {record['device']}, torch {record['torch']}, "
             f"commit {record['commit']}")
     text = "\n\n".join([head, *tables, width_table(times), (
-        f"A pass of one token reads {read / 1e6:.0f} MB of weights and cache; at the {bandwidth / 1e9:.1f} GB/s of a plain copy "
-        f"that is {share:.0%} of the time it takes.\n")])
+        f"A pass of one token reads {read / 1e6:.0f} MB of weights and cache; at the {bandwidth / 1e9:.1f} GB/s of a plain "
+        f"copy that is {share:.0%} of the time it takes.\n")])
     print(text)
     write_json(out / "bench.json", record)
     (out / "bench.md").write_text(text, encoding="utf-8")

@@ -36,8 +36,8 @@ def test_bench(checkpoint, tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--model", checkpoint, "--prompt-tokens", 20, "--max-new-tokens", 8, "--rounds", 2, "--warmup", 0,
         "--batch-size", 1, 2, "--out", tmp_path / "bench", "--dtype", "fp32", "--threads", 1)
     record = json.loads((tmp_path / "bench" / "bench.json").read_text())
-    names = ["transformers, greedy", "transformers, prompt lookup", "ours, static 1", "ours, static 2", "ours, adaptive 0.9",
-             "ours, lossless 2", "ours, lossless 2 narrow"]
+    names = ["transformers, greedy", "transformers, prompt lookup", "ours, static 1", "ours, static 2",
+             "ours, adaptive 0.9", "ours, lossless 2", "ours, lossless 2 narrow"]
     assert list(record["races"]["1"]) == names and list(record["races"]["2"]) == names[:1] + names[2:]
     for size, race in record["races"].items():
         assert all(len(e["tokens_per_second"]) == 2 and e["peak_mebibytes"] > 50 for e in race.values())
@@ -50,8 +50,8 @@ def test_bench(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 def test_refusals(checkpoint, tmp_path, monkeypatch):
-    for flags, message in ((["--rounds", 0], "--rounds"), (["--prompt-tokens", 500], "context"), (["--threads", 0], "threads"),
-                           (["--batch-size", 1, 0], "--batch-size")):
+    for flags, message in ((["--rounds", 0], "--rounds"), (["--prompt-tokens", 500], "context"),
+                           (["--threads", 0], "threads"), (["--batch-size", 1, 0], "--batch-size")):
         with pytest.raises(InputError, match=message):
             run(monkeypatch, "--model", checkpoint, "--out", tmp_path, *flags)
 
