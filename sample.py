@@ -247,9 +247,9 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
 # Loading, and what `--k` and `--threshold` mean
 
 def load(name, device, dtype, cache=None):
-    """(model in eval mode, tokenizer, what config.json says under "nanomtp") for a `--model` name; see resolve()."""
+    """(model, fused for decoding; tokenizer; what config.json says under "nanomtp") for a `--model` name, see resolve()."""
     folder = resolve(name, cache)
-    model, tokenizer = Transformer.from_pretrained(folder, dtype, device).eval(), Tokenizer(folder)
+    model, tokenizer = Transformer.from_pretrained(folder, dtype, device).eval().fuse(), Tokenizer(folder)
     return model, tokenizer, model.config.raw.get("nanomtp", {})
 
 
