@@ -224,7 +224,9 @@ def pareto_plot(table):
             x, y, error, names = zip(*points)
             axis.errorbar(x, y, error, color=colour, marker=marker, capsize=3, label=kind)
             for x, y, name in zip(x, y, names):
-                axis.annotate(name.split()[-1], (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour)
+                axis.annotate(name.split(maxsplit=1)[1] if kind != "start" else "start", (x, y), fontsize=8, color=colour,
+                              xytext=(-4, -12) if kind == "adaptive" else (4, 6), textcoords="offset points",
+                              horizontalalignment="right" if kind == "adaptive" else "left")
     axis.set(xlabel="tokens per forward", ylabel="accuracy, %", title=f"{table[0]['questions']} questions")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

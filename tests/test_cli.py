@@ -127,10 +127,10 @@ FLAGS = {
                 "targets lr warmup cooldown "
                 "weight-decay clip batch-size micro-batch-size seq-len steps minutes overfit eval-every eval-prompts "
                 "eval-tokens log-every save-every seed device dtype",
-    "sample.py": "file limit prompt-format seed k threshold max-new-tokens stop ignore-stop no-ignore-stop batch-size "
-                 "compare no-compare model cache device dtype",
-    "eval_gsm8k.py": "data limit shots prompt-format stop seed k threshold max-new-tokens batch-size model baseline "
-                     "out resume no-resume cache device dtype",
+    "sample.py": "file limit prompt-format seed k threshold lossless no-lossless narrow no-narrow temperature top-k top-p "
+                 "max-new-tokens stop ignore-stop no-ignore-stop batch-size compare no-compare model cache device dtype",
+    "eval_gsm8k.py": "data limit shots prompt-format stop seed k threshold lossless no-lossless narrow no-narrow "
+                     "max-new-tokens batch-size model baseline out resume no-resume cache device dtype",
     "data.py": "data limit seed",
     "pretrained.py": "cache",
 }
@@ -239,7 +239,7 @@ def test_train_refuses_and_writes_nothing(case, tiny, tmp):
 
 @pytest.mark.parametrize("flags, message", [
     ([], "already holds step-2"), (["--no-resume"], "already holds step-2"),
-    (["--resume", "--lr", "1e-3"], "--lr 0.0002, not 0.001"), (["--resume", "--k", "4"], "--k 3, not 4"),
+    (["--resume", "--lr", "2e-4"], "--lr 0.001, not 0.0002"), (["--resume", "--k", "4"], "--k 3, not 4"),
     (["--resume", "--data", "gsm8k.jsonl"], "gsm8k.jsonl"), (["--resume", "--eval-prompts", "3"], "--eval-prompts 2"),
     (["--resume", "--prompt-format", "plain"], "--prompt-format chat, not plain")])
 def test_train_spares_an_earlier_run(flags, message, tiny, trained):
@@ -409,6 +409,37 @@ def test_sample_stops(trained, tmp_path, decoded):
     assert decoded.pop().results[0].tokens == free.tokens[:until] and "finished by: stop string x 1\n" in result.out
 
 
+def test_sample_lossless(trained, decoded):
+    """The text of --k 1, in either form; --compare says so, and the acceptance is printed with what it means."""
+    common = ("What is 3 + 4?", "--model", trained, "--max-new-tokens", 12, "--ignore-stop")
+    plain = (cli(sample, *common, "--k", 1), decoded.pop())[1].results[0].tokens
+    for flags in (["--lossless"], ["--lossless", "--narrow"], ["--lossless", "--k", 2], ["--lossless", "--threshold", 0.2]):
+        result = cli(sample, *common, *flags, "--compare")
+        assert result.code == 0 and "1 of 1 answers identical to k = 1" in result.out
+        assert decoded.pop().k == 1 and decoded.pop().results[0].tokens == plain
+        assert "=== lossless" in result.out and ("(stood / fed): " in result.out or "0.2" in result.out)
+    assert ("=== lossless 3 narrow" in cli(sample, *common, "--lossless", "--narrow").out)
+    assert_refused(cli(sample, *common, "--lossless", "--temperature", 0.5), "--lossless")
+    assert_refused(cli(sample, *common, "--narrow"), "--lossless")
+    assert_refused(cli(sample, *common, "--temperature", -1), "--temperature")
+    assert_refused(cli(sample, *common, "--top-p", 0), "--top-p")
+    assert_refused(cli(sample, *common, "--top-k", -1), "--top-k")
+
+
+def test_sample_temperature(trained, decoded):
+    """Seeded; the share and number of candidates reach the draw."""
+    common = ("What is 3 + 4?", "--model", trained, "--max-new-tokens", 20, "--ignore-stop", "--k", 1)
+
+    def tokens(*flags):
+        assert cli(sample, *common, *flags).code == 0
+        return decoded.pop().results[0].tokens
+
+    hot = tokens("--temperature", 2, "--seed", 1)
+    assert hot == tokens("--temperature", 2, "--seed", 1) != tokens("--temperature", 2, "--seed", 2)
+    greedy = tokens()
+    assert hot != greedy == tokens("--temperature", 2, "--top-k", 1) == tokens("--temperature", 2, "--top-p", 1e-6)
+
+
 def test_sample_without_a_prompt_asks_a_word_problem(trained, decoded):
     for seed in (0, 4):
         result = cli(sample, "--model", trained, "--max-new-tokens", 2, "--seed", seed)
@@ -533,7 +564,7 @@ def test_train_leaves_a_checkpoint_and_a_log(tiny, trained):
                                          "steps": 2}.items()
     assert Tokenizer(trained / "latest").control[MASK_TOKEN] == TINY_VOCAB
     start, = events(trained, "start")
-    flags = {flag.replace("-", "_") for flag in FLAGS["train.py"].split()} - {"no_resume"}
+    flags = {flag.replace("-", "_") for flag in FLAGS["train.py"].split()} - {"no_resume", "no_random_init"}
     assert flags <= set(start) and start["k"] == 3 and start["seq_len"] == 200 and start["prompt_format"] == "chat"
     assert start["device"].startswith(("cpu", "cuda", "mps")) and start["dtype"] in ("fp32", "bf16")    # not "auto"
     first, = events(trained, "eval")
@@ -542,7 +573,7 @@ def test_train_leaves_a_checkpoint_and_a_log(tiny, trained):
     end, = events(trained, "end")
     assert end["step"] == 2 and end["interrupted"] is False
     state = torch.load(trained / "latest" / "trainer.pt", weights_only=True)
-    assert state["step"] == 2 and state["args"]["model"] == str(tiny) and state["args"]["lr"] == 2e-4
+    assert state["step"] == 2 and state["args"]["model"] == str(tiny) and state["args"]["lr"] == 1e-3
 
 
 def test_train_schedule(tiny, sums, tmp_path):
@@ -565,7 +596,8 @@ def test_train_log_eval_and_save_every(tiny, sums, tmp_path):
     assert [row["step"] for row in evals] == [0, 2, 4] and {row["prompts"] for row in evals} == {3}
     for row in evals:
         assert 1 <= row["tokens_per_forward"] <= 3 and 0 <= row["agreement_with_k1"] <= 1
-        assert f"step {row['step']}: {row['tokens_per_forward']:.2f} tokens per forward" in result.out
+        assert 0 <= row["accuracy"] <= 1 and 0 <= row["accuracy_k1"] <= 1
+        assert re.search(rf"step {row['step']}: .* {row['tokens_per_forward']:.2f} tokens per forward", result.out)
         assert sum(int(size) for size in re.findall(r"\[(\d)\|", row["sample"])) == 5     # --eval-tokens
     assert steps_kept(out) == ["latest", "step-3", "step-4"]        # the last two, of four
     assert (out / "latest").resolve().name == "step-4"
@@ -750,7 +782,7 @@ def test_shared_flags_mean_the_same(trained, tiny, sums, tmp_path):
     shared = ("--seed", 3, "--device", "cpu", "--dtype", "fp32", "--k", 2, "--batch-size", 2,
               "--prompt-format", "plain", "--cache", tmp_path)
     assert cli(training, "--model", tiny, "--data", sums, "--out", tmp_path / "out", "--steps", 1, "--eval-every", 0,
-               "--no-resume", *shared).code == 0
+               "--eval-prompts", 2, "--no-resume", *shared).code == 0
     assert cli(sample, "x", "--model", tmp_path / "out", "--threshold", 0.5, "--max-new-tokens", 2, "--limit", 1,
                *shared).code == 0
     assert cli(data, "--data", sums, "--limit", 1, "--seed", 3).code == 0

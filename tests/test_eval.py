@@ -131,12 +131,13 @@ def evaluate(monkeypatch, *flags):
 def test_run_and_resume(tiny, trained, tmp_path, monkeypatch, capsys):
     """One run through; then one killed in the middle of a line, and resumed: the same rows, nothing asked twice."""
     settings = ["--model", trained, "--baseline", tiny, "--data", "wordproblems", "--limit", 5, "--batch-size", 2,
-                "--max-new-tokens", 12]
+                "--max-new-tokens", 12, "--lossless", "--narrow"]
     evaluate(monkeypatch, *settings, "--out", tmp_path / "a")
     lines = (tmp_path / "a" / "rows.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines[1:]]
     names = ["start, k = 1", "static 1", "static 2", "static 3"]
     names += [f"adaptive {threshold}" for threshold in (0.99, 0.95, 0.9, 0.8, 0.7, 0.6)]
+    names += ["lossless 3", "lossless 3 narrow"]
     assert [row["strategy"] for row in rows] == [name for name in names for _ in range(5)]
     assert [row["id"] for row in rows] == list(range(5)) * len(names)
     assert all(sum(row["chunks"]) == len(row["tokens"]) <= 12 for row in rows)
@@ -145,6 +146,7 @@ def test_run_and_resume(tiny, trained, tmp_path, monkeypatch, capsys):
     assert list(table) == names and table["static 1"]["speed_up"] == 1 and table["static 1"]["identical_text"] == 1
     assert table["static 2"]["tokens_per_forward"] > 1.7 and table["static 1"]["difference"] == [0, 0]
     assert table["static 3"]["start_loss"] > 0
+    assert table["lossless 3"]["identical_text"] == table["lossless 3 narrow"]["identical_text"] == 1
     plain = [row for row in rows if row["strategy"] == "static 1"]
     tokenizer, model = Tokenizer(trained / "latest"), Transformer.from_pretrained(trained / "latest").eval()
     problems, _ = evaluation.load_questions("wordproblems", 5, 0, 0)
@@ -158,7 +160,7 @@ def test_run_and_resume(tiny, trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "rows.jsonl").write_text("\n".join(lines[:10]) + "\n" + lines[10][:50])   # in the second batch
     calls, real = [], evaluation.generate
-    monkeypatch.setattr(evaluation, "generate", lambda *args: calls.append(args) or real(*args))
+    monkeypatch.setattr(evaluation, "generate", lambda *args, **more: calls.append(args) or real(*args, **more))
     evaluate(monkeypatch, *settings, "--out", tmp_path / "b", "--resume")
     resumed = [json.loads(line) for line in (tmp_path / "b" / "rows.jsonl").read_text().splitlines()[1:]]
     assert [(row["strategy"], row["id"], row["tokens"]) for row in resumed] == [

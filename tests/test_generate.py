@@ -13,7 +13,7 @@ from conftest import TINY_VOCAB, tiny_checkpoint
 import sample
 from model import KVCache, Transformer, add_mask_token, save_pretrained
 from pretrained import InputError
-from sample import accept, chunks_of, cut, generate, shared_prefix, speeds, strategy, summary
+from sample import accept, chunks_of, cut, generate, shared_prefix, speeds, strategy, strategy_name, summary
 from tokenizer import Tokenizer
 
 MASK = TINY_VOCAB
@@ -240,6 +240,9 @@ def test_speeds_and_summary(model):
 def test_strategy():
     assert strategy(None, None, 4) == (4, 0.9) and strategy(3, None, 4) == (3, None)
     assert strategy(None, 0.5, 4) == (4, 0.5) and strategy(2, 0.5, 4) == (2, 0.5) and strategy(1, None, 1) == (1, None)
+    assert strategy(None, None, 4, "wide") == (4, None) and strategy(None, 0.5, 4, "wide") == (4, 0.5)
+    assert [strategy_name(*way) for way in ((1, 0.9), (3, None), (4, 0.95), (4, None, "wide"), (4, 0.5, "narrow"))] == [
+        "static 1", "static 3", "adaptive 0.95", "lossless 4", "lossless 4 narrow at 0.5"]
     for k in (0, 5):
         with pytest.raises(InputError, match="1 to 4"):
             strategy(k, None, 4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import TINY_VOCAB, tiny_config, tiny_model
+from conftest import TINY_VOCAB, tiny_checkpoint, tiny_config, tiny_model
 from model import Config, KVCache, RMSNorm, Transformer, add_mask_token, rope_frequencies, save_pretrained
 from pretrained import InputError
 
@@ -498,3 +498,23 @@ def test_smollm2_greedy_text_is_token_identical(smollm2):
     with torch.no_grad():
         torch.testing.assert_close(full_logits(model, torch.tensor([ids])),
                                    reference_logits(reference, torch.tensor([ids])), atol=1e-3, rtol=0)
+
+
+# --- fused for decoding
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_fused_model_computes_the_same_and_is_not_saved(family, tmp_path):
+    """Biases (qwen2) and per-head norms (qwen3) included; the other order in memory changes no number's place."""
+    model = Transformer.from_pretrained(tiny_checkpoint(tmp_path, family))
+    n, ids = 12, torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    positions, mask = torch.arange(n).expand(2, n), torch.ones(n, n, dtype=torch.bool).tril()
+    with torch.no_grad():
+        expected = model(ids, positions, mask)
+        fused = model.fuse()
+        torch.testing.assert_close(fused(ids, positions, mask), expected, rtol=0, atol=1e-4)
+    names = {name for name, _ in fused.named_parameters()}
+    assert "model.layers.0.self_attn.qkv_proj.weight" in names and "model.layers.0.self_attn.q_proj.weight" not in names
+    assert fused.model.layers[0].mlp.down_proj.weight.t().is_contiguous()
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+    with pytest.raises(InputError, match="fused"):
+        save_pretrained(fused, tmp_path)
