@@ -284,6 +284,7 @@ class Transformer(nn.Module):
         cos = angles.cos().repeat(1, 1, 2)[:, None].to(x.dtype)             # (B, 1, T, D)
         sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)[:, None].to(x.dtype)
         mask = mask[:, None] if mask.dim() == 3 else mask                   # (B, 1, T, S): the same for every head
+        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)    # once, not in every layer
         slots = None if cache is None else cache.next_slots(ids.shape[1])   # (B, T)
         for i, block in enumerate(self.model.layers):
             x = block(x, cos, sin, mask, cache, i, slots)

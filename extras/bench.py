@@ -43,7 +43,8 @@ def decode_ours(model, tokenizer, prompts, count, k, threshold, lossless):
 
 def decode_theirs(model, prompts, count, **settings):
     stamps, generation = [], copy.deepcopy(model.generation_config)
-    generation.eos_token_id, generation.do_sample, generation.max_new_tokens = None, False, count
+    generation.do_sample, generation.max_new_tokens = False, count
+    generation.eos_token_id = model.config.vocab_size           # an id that never comes; None would mean the model's own
     for name, value in settings.items():
         setattr(generation, name, value)
 
@@ -93,7 +94,8 @@ def race(ways, args, prompts):
         process = context.Process(target=contender, args=(theirs, name, way, args, prompts), daemon=True)
         process.start()
         processes[name] = (process, ours)
-        answer = ours.recv()                                    # one after the other: loading is not timed
+    for name, (_, pipe) in processes.items():
+        answer = pipe.recv()
         if answer != "ready":
             raise InputError(f"{name} could not start: {answer}")
     rounds = {name: [] for name in ways}
@@ -121,7 +123,7 @@ def summarise(rounds, size):
     entries = {}
     for name, runs in rounds.items():
         texts, _, tokens, passes, peak = runs[0]
-        entries[name] = {"tokens_per_second": [tokens / seconds for _, seconds, tokens, *_ in runs],
+        entries[name] = {"passes": passes, "tokens_per_second": [tokens / seconds for _, seconds, tokens, *_ in runs],
                          "tokens_per_pass_and_row": tokens / size / (passes - 1) if passes > 1 else float("nan"),
                          "greedy_texts": sum(a == b for a, b in zip(texts, greedy)), "peak_mebibytes": peak}
     baseline = statistics.median(entries[BASELINE]["tokens_per_second"])

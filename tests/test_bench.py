@@ -46,6 +46,7 @@ def test_bench(checkpoint, tmp_path, monkeypatch, capsys):
         assert race["ours, static 1"]["tokens_per_pass_and_row"] == 1
         assert race["ours, static 2"]["tokens_per_pass_and_row"] == 2
     assert list(record["milliseconds_by_width"]) == ["1", "2", "3"] and record["commit"] is not None
+    assert all(e["passes"] == 8 for e in (race["transformers, greedy"], race["ours, static 1"]))   # none stopped early
     assert (tmp_path / "bench" / "bench.md").read_text() in capsys.readouterr().out
 
 

@@ -14,7 +14,7 @@ from eval_gsm8k import extract_flexible
 from extras import tiny as maker
 from model import Transformer
 from pretrained import InputError, read_json, resolve
-from sample import generate
+from sample import generate, load
 from tokenizer import Tokenizer
 
 FOLDER = resolve("tiny")
@@ -64,6 +64,23 @@ def test_it_solves_unseen_problems():
     right = sum(extract_flexible(tokenizer.decode(result.tokens)) == row["answer"].split("#### ")[1]
                 for result, row in zip(results, rows))
     assert right >= 85 and all(result.finish == "stop" for result in results)
+
+
+def test_it_learns_to_write_several_tokens_losslessly(tmp_path, monkeypatch):
+    """A short distillation: lossless decoding writes k = 1's answers, adaptive decoding fewer passes; as in README."""
+    run_train(monkeypatch, "--k", 3, "--steps", 40, "--warmup", 5, "--batch-size", 16, "--eval-every", 0, "--out", tmp_path)
+    model, tokenizer, trained = load(tmp_path, torch.device("cpu"), torch.float32)
+    prompts = [tokenizer.prompt(WordProblems(6, "test")[i]["question"], "plain") for i in range(32)]
+
+    def texts(k, threshold=None, **more):
+        results = generate(model, prompts, k, threshold, tokenizer.mask_id, tokenizer.stop_ids, 80, **more)
+        return [r.tokens for r in results], sum(len(r.tokens) for r in results) / sum(r.passes for r in results)
+
+    plain, one = texts(1)
+    for form in ("wide", "narrow"):
+        tokens, per_forward = texts(3, lossless=form)
+        assert tokens == plain and per_forward > 1.2 > one == 1
+    assert trained["k_max"] == 3
 
 
 def test_its_tokenizer_can_be_made_again(tmp_path, monkeypatch):
