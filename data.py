@@ -260,6 +260,13 @@ class WordProblems:
     """Row i of an endless table, the same for the same seed on every machine: `WordProblems(seed)[i]`.
 
     split   "train", "validation" or "test"; see `split_of`
+
+    >>> WordProblems(0, "validation")[0]["question"]
+    'Hugo has $40 and buys 3 tickets for $4 each. How many dollars does Hugo have left?'
+    >>> print(WordProblems(0, "validation")[0]["answer"])
+    The tickets cost 3 * 4 = 12 dollars.
+    After paying Hugo has 40 - 12 = 28 dollars.
+    #### 28
     """
 
     def __init__(self, seed, split="train"):

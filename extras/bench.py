@@ -95,7 +95,10 @@ def race(ways, args, prompts):
         process.start()
         processes[name] = (process, ours)
     for name, (_, pipe) in processes.items():
-        answer = pipe.recv()
+        try:
+            answer = pipe.recv()
+        except EOFError:
+            answer = "its process died"
         if answer != "ready":
             raise InputError(f"{name} could not start: {answer}")
     rounds = {name: [] for name in ways}
