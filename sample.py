@@ -113,17 +113,17 @@ def region_layout(pending, k, device):
     return position.to(device), attention_mask(position, region, bound)[0].to(device)
 
 
-def verify(candidates, ids, fed, k, wide):
+def verify(candidates, ids, fed, longest, k, wide):
     """Lossless decoding, the check: which pending tokens are what the model itself would have written?
 
     candidates   (B, L) long: the most likely token at every fed one
     ids          (B, L) long: what was fed: a verified token, fed - 1 drafts, and masks
     fed          (B,) long: pending tokens of each row
+    longest      room for them in `ids`
     returns stood (B,): drafts up to the first wrong one; and chosen (B, k): where the next token and its drafts are read,
     at the last token that stood and the k - 1 masks behind it. Without `wide` only the last pending token has masks,
     so these are worth nothing unless all drafts stood.
     """
-    longest = int(fed.max())
     place = torch.arange(1, longest, device=ids.device)                             # of the drafts
     right = (candidates[:, :longest - 1] == ids[:, 1:longest]) & (place < fed[:, None])
     stood = right.long().cumprod(dim=1).sum(dim=1)                                  # (B,)
@@ -134,7 +134,7 @@ def verify(candidates, ids, fed, k, wide):
 
 @torch.inference_mode()
 def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max_new_tokens=256, stop_strings=(),
-             decode=None, on_chunk=None, lossless=None, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+             decode=None, on_chunk=None, lossless=None, temperature=0.0, top_k=0, top_p=1.0, seed=0, fixed=False):
     """Decode up to k tokens per pass (paper, section on ConfAdapt). Returns one Generation per prompt.
 
     model           a Transformer
@@ -149,6 +149,8 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
                     pass has verified it. `threshold` then limits what is drafted, and the text is that of k = 1
     temperature     above 0: a pass that keeps one token draws it (see `draw`; `seed` and the row's number decide);
                     longer chunks stay greedy
+    fixed           for a compiled model: all passes but the first have one shape (the largest width, the whole cache, rows
+                    that are done stay in the batch until all are). The text is the same
     Raises InputError for an empty prompt, one longer than the context, k > 1 without a mask token, or a temperature in
     lossless mode.
 
@@ -173,16 +175,19 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
     generators = [torch.Generator(device).manual_seed(seed * 1_000_003 + row) for row in active] if temperature > 0 else []
     # room for the longest row, the pass that overshoots it included
     capacity = max(map(len, prompts), default=0) + max(limits, default=0) + k * max(2, k if lossless == "wide" else 0)
+    capacity += -capacity % 128 if fixed else 0                         # few sizes, so that few are compiled
     cache = KVCache(model.config, len(prompts), capacity, device, model.model.embed_tokens.weight.dtype)
     start, verifying = time.perf_counter(), False                       # the first pass has nothing to verify
     while active:
         # --- 1. feed the pending tokens and masks: k - 1 behind the last one, or, to verify, behind each ("wide")
         counts = [len(pending[row]) for row in active]
-        longest, wide = max(counts), verifying and lossless == "wide"
+        wide, steady = verifying and lossless == "wide", fixed and committed[active[0]] > 0
+        longest = k if steady else max(counts)
         width = longest * k if wide else longest + k - 1
         ids = torch.tensor([pending[row] + [filler] * (width - n) for row, n in zip(active, counts)], device=device)
         fed = torch.tensor(counts, device=device)                       # (B,)
-        slots = torch.arange(max(committed[row] for row in active) + width, device=device)             # (S,)
+        reach = capacity if steady else max(committed[row] for row in active) + width
+        slots = torch.arange(reach, device=device)                      # (S,)
         if wide:                                                        # position and slot differ: the training layout
             position, own = region_layout(longest, k, device)
             positions = cache.length[:, None] + position                # (B, T)
@@ -194,7 +199,8 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
         # --- 2. candidates and confidences at the last pending token and the k - 1 masks behind it; to verify, everywhere
         rows = torch.arange(len(active), device=device)[:, None]
         at = None if verifying else (rows, fed[:, None] - 1 + torch.arange(k, device=device))
-        logits = model(ids, positions, mask, cache, at=at).float()      # (B, k or T, V)
+        forward = model if steady or not fixed else model.forward       # the prompt's pass has a shape of its own: eager
+        logits = forward(ids, positions, mask, cache, at=at).float()    # (B, k or T, V)
         if mask_id is not None:
             logits[..., mask_id] = -torch.inf
         top, candidates = logits.max(dim=-1)                            # (B, k or T) each
@@ -202,18 +208,20 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
         # --- 3. keep the static or confident prefix;  4. commit what was pending and stands, forget the rest
         plain, sure, stood = candidates, confidence, fed - 1            # `plain` is read in lossless mode only
         if verifying:
-            stood, chosen = verify(candidates, ids, fed, k, wide)
+            stood, chosen = verify(candidates, ids, fed, longest, k, wide)
             candidates, confidence = candidates[rows, chosen], confidence[rows, chosen]
         kept = accept(confidence, threshold)                            # (B,)
         if verifying and not wide:
             kept = torch.where(stood == fed - 1, kept, 1)
-        cache.advance(stood + 1)
+        cache.advance((stood + 1) * torch.tensor([not results[row].finish for row in active], device=device))
         # --- 5. cut each row where it ends (the one place where the host waits for the device)
         kept, stood = kept.tolist(), stood.tolist()
         candidates, confidence = candidates.tolist(), confidence.tolist()
         now = time.perf_counter() - start
         going = []
         for i, row in enumerate(active):
+            if results[row].finish:                                     # only with `fixed`
+                continue
             result, new, certain = results[row], candidates[i][:kept[i]], confidence[i][:kept[i]]
             committed[row] += stood[i] + 1
             pending[row] = new
@@ -236,7 +244,7 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
                 going.append(i)
             if on_chunk:
                 on_chunk(row, new)
-        if len(going) < len(active):                                    # rows that are done leave the batch
+        if len(going) < len(active) and not (fixed and going):          # rows that are done leave the batch
             cache.keep_rows(torch.tensor(going, dtype=torch.long, device=device))
             active = [active[i] for i in going]
         verifying = lossless is not None
@@ -246,10 +254,12 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading, and what `--k` and `--threshold` mean
 
-def load(name, device, dtype, cache=None):
+def load(name, device, dtype, cache=None, compiled=False):
     """(model, fused for decoding; tokenizer; what config.json says under "nanomtp") for a `--model` name, see resolve()."""
     folder = resolve(name, cache)
     model, tokenizer = Transformer.from_pretrained(folder, dtype, device).eval().fuse(), Tokenizer(folder)
+    if compiled:
+        model.compile(dynamic=False)                                    # and call generate(..., fixed=True)
     return model, tokenizer, model.config.raw.get("nanomtp", {})
 
 
@@ -406,6 +416,7 @@ def main():
     add = parser.add_argument_group("model and machine").add_argument
     add("--model", help=f"tiny, smollm2-135m, a folder or a hub id (out/latest if there is one, else {DEFAULT_MODEL})")
     add("--cache", help="where converted checkpoints are kept ($NANOMTP_CACHE or ~/.cache/nanomtp)")
+    add("--compile", action=flag, default=False, help="torch.compile: seconds to minutes first, faster passes then")
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is fast (%(default)s)")
     args = parser.parse_args()
@@ -422,7 +433,8 @@ def main():
         raise InputError("--stop must not be empty")
     questions = read_questions(args)
     device = pick_device(args.device)
-    model, tokenizer, trained = load(args.model or default_model(), device, pick_dtype(args.dtype, device), args.cache)
+    dtype = pick_dtype(args.dtype, device)
+    model, tokenizer, trained = load(args.model or default_model(), device, dtype, args.cache, args.compile)
     if not trained:
         print("note: this model has not been trained for several tokens per pass, so each pass emits one (train.py)")
     lossless = args.lossless and ("narrow" if args.narrow else "wide")
@@ -441,7 +453,8 @@ def main():
             batches.append(generate(
                 model, prompts[at:at + args.batch_size], k, threshold, tokenizer.mask_id,
                 () if args.ignore_stop else tokenizer.stop_ids, args.max_new_tokens, args.stop, tokenizer.decode,
-                on_chunk=(lambda row, new, printers=printers: printers[row](new)) if live else None, **more))
+                on_chunk=(lambda row, new, printers=printers: printers[row](new)) if live else None,
+                fixed=args.compile, **more))
             for question, result, printer in zip(questions[at:], batches[-1], printers):
                 if not live:
                     print(f"\n{question}\n")

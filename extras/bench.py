@@ -12,6 +12,7 @@ that reads the prompt. Stop tokens are ignored, so all write the same number of 
 Then, for one row: milliseconds per pass by the number of fed tokens, and how near a pass of one token comes to the time
 that it takes merely to read weights and cache from memory at the bandwidth of a plain copy. OUT.json holds every round.
 """
+import argparse
 import copy
 import multiprocessing
 import os
@@ -34,8 +35,8 @@ BASELINE, LOOKUP = "transformers, greedy", "transformers, prompt lookup"
 # ----------------------------------------------------------------------------------------------------------------------
 # Contenders. Each decodes `prompts` and returns (tokens of each row, decoding seconds, tokens in that time, passes)
 
-def decode_ours(model, tokenizer, prompts, count, k, threshold, lossless):
-    results = generate(model, prompts, k, threshold, tokenizer.mask_id, (), count, lossless=lossless)
+def decode_ours(model, tokenizer, prompts, count, fixed, k, threshold, lossless):
+    results = generate(model, prompts, k, threshold, tokenizer.mask_id, (), count, lossless=lossless, fixed=fixed)
     seconds = max(result.seconds for result in results) - results[0].prompt_seconds
     passes = max(result.passes for result in results)
     return [r.tokens for r in results], seconds, sum(len(r.tokens) - r.chunks[0] for r in results), passes
@@ -75,10 +76,10 @@ def contender(pipe, name, way, args, prompts):
             def decode():
                 return decode_theirs(model, prompts, args.max_new_tokens, **settings)
         else:
-            model, tokenizer, _ = load(args.model, device, dtype, args.cache)
+            model, tokenizer, _ = load(args.model, device, dtype, args.cache, args.compile)
 
             def decode():
-                return decode_ours(model, tokenizer, prompts, args.max_new_tokens, *way)
+                return decode_ours(model, tokenizer, prompts, args.max_new_tokens, args.compile, *way)
         pipe.send("ready")
         while pipe.recv() == "go":
             pipe.send((*decode(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
@@ -205,6 +206,8 @@ def main():
     add("--rounds", type=int, default=5, help="counted rounds (%(default)s)")
     add("--warmup", type=int, default=1, help="rounds before them (%(default)s)")
     add("--threads", type=int, help="CPU threads (torch's own choice)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile, ours only: the round that "
+        "does not count compiles (%(default)s)")
     add("--out", default="out-bench", help="folder for bench.json and bench.md (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="(%(default)s)")

@@ -128,7 +128,8 @@ FLAGS = {
                 "weight-decay clip batch-size micro-batch-size seq-len steps minutes overfit eval-every eval-prompts "
                 "eval-tokens log-every save-every seed device dtype",
     "sample.py": "file limit prompt-format seed k threshold lossless no-lossless narrow no-narrow temperature top-k top-p "
-                 "max-new-tokens stop ignore-stop no-ignore-stop batch-size compare no-compare model cache device dtype",
+                 "max-new-tokens stop ignore-stop no-ignore-stop batch-size compare no-compare model cache compile "
+                 "no-compile device dtype",
     "eval_gsm8k.py": "data limit shots prompt-format stop seed k threshold lossless no-lossless narrow no-narrow "
                      "max-new-tokens batch-size model baseline out resume no-resume cache device dtype",
     "data.py": "data limit seed",

@@ -361,9 +361,9 @@ def test_verify():
     """A wrong draft ends the run, right ones behind it notwithstanding; a short row's masks are no drafts."""
     ids = torch.tensor([[5, 6, 7, 8, MASK, MASK], [5, 6, 7, MASK, MASK, MASK], [5, MASK, MASK, MASK, MASK, MASK]])
     candidates = torch.tensor([[6, 0, 8, 9, 0, 0], [6, 7, 1, 0, 0, 0], [MASK, MASK, 1, 0, 0, 0]])
-    stood, chosen = sample.verify(candidates, ids, torch.tensor([4, 3, 1]), k=3, wide=False)
+    stood, chosen = sample.verify(candidates, ids, torch.tensor([4, 3, 1]), 4, k=3, wide=False)
     assert stood.tolist() == [1, 2, 0] and chosen.tolist() == [[1, 4, 5], [2, 3, 4], [0, 1, 2]]
-    stood, chosen = sample.verify(candidates, ids, torch.tensor([4, 3, 1]), k=3, wide=True)
+    stood, chosen = sample.verify(candidates, ids, torch.tensor([4, 3, 1]), 4, k=3, wide=True)
     assert chosen.tolist() == [[1, 6, 7], [2, 8, 9], [0, 4, 5]]
 
 
@@ -398,3 +398,25 @@ def test_draw_follows_the_distribution():
     two = (logits[1:3]).softmax(-1).tolist()
     assert share(top_k=2) == pytest.approx([0, *two, 0], abs=0.03) == share(top_p=0.8)  # 0.64 alone is less than 0.8
     assert share(top_p=0.6) == [0, 0, 1, 0]
+
+
+# --- fixed shapes
+
+@pytest.mark.parametrize("k, threshold, lossless", [(1, None, None), (3, None, None), (3, 0.4, None), (3, None, "wide"),
+                                                    (3, None, "narrow")])
+def test_fixed_shapes_change_no_text(willing, k, threshold, lossless, monkeypatch):
+    """Ragged prompts that end at different passes; every pass but the first has one shape, so one is compiled."""
+    prompts, shapes, forward = random_prompts(9, seed=7), [], Transformer.forward
+
+    def spy(model, ids, positions, mask, *rest, **more):
+        shapes.append((ids.shape, mask.shape))
+        return forward(model, ids, positions, mask, *rest, **more)
+
+    free = generate(willing, prompts[:4], k, threshold, MASK, (), 25, lossless=lossless)
+    stops = {result.tokens[5 + 3 * i] for i, result in enumerate(free)}
+    expected = generate(willing, prompts, k, threshold, MASK, stops, 25, lossless=lossless)
+    monkeypatch.setattr(Transformer, "forward", spy)
+    fixed = generate(willing, prompts, k, threshold, MASK, stops, 25, lossless=lossless, fixed=True)
+    assert [(r.tokens, r.chunks, r.finish, r.drafts) for r in fixed] == [
+        (r.tokens, r.chunks, r.finish, r.drafts) for r in expected]
+    assert len(set(shapes[1:])) == 1 < len(shapes) and {r.finish for r in fixed} == {"stop", "length"}
