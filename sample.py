@@ -177,6 +177,7 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
     capacity = max(map(len, prompts), default=0) + max(limits, default=0) + k * max(2, k if lossless == "wide" else 0)
     capacity += -capacity % 128 if fixed else 0                         # few sizes, so that few are compiled
     cache = KVCache(model.config, len(prompts), capacity, device, model.model.embed_tokens.weight.dtype)
+    all_slots = torch.arange(capacity, device=device)
     start, verifying = time.perf_counter(), False                       # the first pass has nothing to verify
     while active:
         # --- 1. feed the pending tokens and masks: k - 1 behind the last one, or, to verify, behind each ("wide")
@@ -187,7 +188,7 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
         ids = torch.tensor([pending[row] + [filler] * (width - n) for row, n in zip(active, counts)], device=device)
         fed = torch.tensor(counts, device=device)                       # (B,)
         reach = capacity if steady else max(committed[row] for row in active) + width
-        slots = torch.arange(reach, device=device)                      # (S,)
+        slots = all_slots[:reach]                                       # (S,)
         if wide:                                                        # position and slot differ: the training layout
             position, own = region_layout(longest, k, device)
             positions = cache.length[:, None] + position                # (B, T)
@@ -216,6 +217,7 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
         cache.advance((stood + 1) * torch.tensor([not results[row].finish for row in active], device=device))
         # --- 5. cut each row where it ends (the one place where the host waits for the device)
         kept, stood = kept.tolist(), stood.tolist()
+        plain, sure = (plain.tolist(), sure.tolist()) if lossless else (None, None)
         candidates, confidence = candidates.tolist(), confidence.tolist()
         now = time.perf_counter() - start
         going = []
@@ -227,7 +229,7 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
             pending[row] = new
             if lossless:                                                # emitted: what stood, and the token after it
                 count = stood[i] + 1 if verifying else 1
-                new, certain = plain[i, :count].tolist(), sure[i, :count].tolist()
+                new, certain = plain[i][:count], sure[i][:count]
                 if verifying:
                     result.drafts.append((counts[i] - 1, stood[i]))
             elif temperature > 0 and kept[i] == 1:

@@ -265,6 +265,18 @@ def test_real_model_decodes_as_transformers_does(smollm2, dtype):
             assert result.tokens == expected[0, len(prompt):].tolist()
 
 
+def test_real_model_decodes_losslessly(smollm2):
+    """SmolLM2 with an untrained mask token: drafts that are mostly wrong change nothing, in neither form."""
+    tokenizer, ours = Tokenizer(smollm2), Transformer.from_pretrained(smollm2).eval()
+    add_mask_token(ours, tokenizer.free_id)
+    ours.fuse()
+    prompts = [tokenizer.prompt(question, "chat") for question in ("What is 7 + 5?", "Name three rivers in Europe.")]
+    settings = (tokenizer.free_id, tokenizer.stop_ids, 16)
+    plain = [result.tokens for result in generate(ours, prompts, 1, None, *settings)]
+    for form in ("wide", "narrow"):
+        assert [result.tokens for result in generate(ours, prompts, 3, None, *settings, lossless=form)] == plain
+
+
 def test_generation_config_of_a_saved_checkpoint(tmp_path):
     """What other programs need to know: never emit the mask, stop where the tokenizer's owner stops."""
     tiny_checkpoint(tmp_path / "a")
