@@ -3,6 +3,7 @@ Decoding: several tokens per forward pass, with a fixed or a confidence-adaptive
 
     python sample.py "A farmer has 12 cows and buys 5 more. How many cows does she have?" --threshold 0.9
     python sample.py --k 3 --compare                            # static k = 3, then plain greedy decoding beside it
+    python sample.py --lossless --compare                       # fewer passes, and the text of plain greedy decoding
     python sample.py --file questions.jsonl --batch-size 8      # many questions, decoded together
 
 `generate` is the only decode loop of this project (paper, section on ConfAdapt); everything else here prints. One step,
@@ -14,6 +15,8 @@ k = 3, with one kept token "pending", that is: emitted, but not in the cache yet
 
     static      keep all k.
     adaptive    keep y1, and go on while the confidence is at least the threshold: at 0.9, y1 and y2.
+    lossless    keep both as drafts: the next pass predicts the token behind every pending one anyway, and emits the
+                drafts that it would have written itself, and one token more
 
 Then the cache advances over the pending token only. The masks' keys and values are left behind as garbage that the
 next pass overwrites, and y1, y2 are the next pass's pending tokens. So every pass emits 1 to k tokens and feeds at most
