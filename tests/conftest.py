@@ -1,7 +1,7 @@
 """
 Shared by all tests: tiny random checkpoints, and the real SmolLM2 where it can be had.
 
-    from conftest import tiny_checkpoint, tiny_config, tiny_model
+    from conftest import tiny_checkpoint, tiny_config, tiny_model, train_briefly
     folder = tiny_checkpoint(tmp_path, "qwen3", tied=False)     # opens in our code and in transformers
 
     def test_something(tiny): ...                               # one such folder, shared: read it, never write to it
@@ -106,6 +106,19 @@ def tiny_checkpoint(folder, family="llama", tied=True, seed=0, **overrides):
     tiny_model(folder, tiny_config(family, tied, **overrides), seed)
     tiny_tokenizer(folder)                                      # last: save_pretrained writes a generation_config.json
     return Path(folder)
+
+
+def train_briefly(out, *flags):
+    """Two steps of train.py into `out`, which is returned: a checkpoint with a mask token that answers nonsense."""
+    import train
+
+    argv, sys.argv = sys.argv, ["train.py", "--steps", "2", "--batch-size", "2", "--eval-every", "0", "--out", str(out),
+                                *map(str, flags)]
+    try:
+        train.main()
+    finally:
+        sys.argv = argv
+    return out
 
 
 @pytest.fixture(scope="session")

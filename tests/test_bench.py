@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import train_briefly
 
 from extras import bench
 from model import Transformer
@@ -14,15 +15,7 @@ from pretrained import InputError
 @pytest.fixture
 def checkpoint(tiny, tmp_path):
     """Two steps of training with k_max 2."""
-    import train
-
-    argv, sys.argv = sys.argv, ["train.py", "--model", str(tiny), "--k", "2", "--steps", "2", "--batch-size", "2",
-                                "--eval-every", "0", "--out", str(tmp_path / "out")]
-    try:
-        train.main()
-    finally:
-        sys.argv = argv
-    return tmp_path / "out"
+    return train_briefly(tmp_path / "out", "--model", tiny, "--k", 2)
 
 
 def run(monkeypatch, *flags):

@@ -441,6 +441,18 @@ def test_sample_temperature(trained, decoded):
     assert hot != greedy == tokens("--temperature", 2, "--top-k", 1) == tokens("--temperature", 2, "--top-p", 1e-6)
 
 
+def test_sample_compile(trained, decoded, monkeypatch):
+    """The model is compiled once, for passes of one shape; the text stays (here with nothing compiled, to save time)."""
+    compiled = []
+    monkeypatch.setattr(sample.Transformer, "compile", lambda model, **settings: compiled.append(settings))
+    common = ("What is 3 + 4?", "--model", trained, "--max-new-tokens", 12, "--ignore-stop", "--k", 3)
+    texts = []
+    for flags in (["--no-compile"], ["--compile"]):
+        assert cli(sample, *common, *flags).code == 0
+        texts.append(decoded.pop().results[0].tokens)
+    assert texts[0] == texts[1] and compiled == [{"dynamic": False}]
+
+
 def test_sample_without_a_prompt_asks_a_word_problem(trained, decoded):
     for seed in (0, 4):
         result = cli(sample, "--model", trained, "--max-new-tokens", 2, "--seed", seed)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import train_briefly
 
 import eval_gsm8k as evaluation
 from eval_gsm8k import extract_flexible, extract_strict, normalise, paired_interval, standard_error
@@ -111,16 +112,7 @@ def test_log_likelihood(tiny):
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
     """Two steps of training: it has a mask token and k_max 3, and answers nonsense."""
-    import train
-
-    out = tmp_path_factory.mktemp("trained")
-    argv, sys.argv = sys.argv, ["train.py", "--model", str(tiny), "--k", "3", "--steps", "2", "--batch-size", "2",
-                                "--eval-every", "0", "--seq-len", "160", "--lr", "1e-3", "--out", str(out)]
-    try:
-        train.main()
-    finally:
-        sys.argv = argv
-    return out
+    return train_briefly(tmp_path_factory.mktemp("trained"), "--model", tiny, "--k", 3, "--seq-len", 160)
 
 
 def evaluate(monkeypatch, *flags):

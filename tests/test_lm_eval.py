@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm-eval is in requirements-dev.txt")
 
+from conftest import train_briefly  # noqa: E402
+
 import eval_gsm8k as evaluation  # noqa: E402
 from data import WordProblems  # noqa: E402
 from extras import lm_eval_adapter as adapter  # noqa: E402
@@ -63,16 +65,7 @@ def tasks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The tiny model after two steps with k_max 3."""
-    import train
-
-    out = tmp_path_factory.mktemp("trained")
-    argv, sys.argv = sys.argv, ["train.py", "--k", "3", "--steps", "2", "--batch-size", "2", "--eval-every", "0",
-                                "--out", str(out)]
-    try:
-        train.main()
-    finally:
-        sys.argv = argv
-    return out
+    return train_briefly(tmp_path_factory.mktemp("trained"), "--k", 3)
 
 
 def run(monkeypatch, *flags):
