@@ -61,7 +61,8 @@ def run(main):
     try:
         main()
     except InputError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":                          # torchrun's other processes say nothing new
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -59,7 +59,7 @@ def make_layout(lengths, anchors, k):
     return position, region, bound, slots
 
 
-def attention_mask(position, region, bound):
+def attention_mask(position, region, bound, bidirectional=False):
     """Who sees whom: (B, L) each -> (B, L, L) bool, [b, query, key].
 
               key  x0 x1 x2 x3 | M3 M4 | M4 M5        k = 3, anchors 2 and 3; masks named by position
@@ -73,10 +73,12 @@ def attention_mask(position, region, bound):
         M5          #  #  #  # |  .  . |  #  #
 
     Nobody sees padding. (Padding itself looks at the first token, as a query must look at something.)
+    `bidirectional` (an ablation of the paper, for the student only) lets the masks of a region see each other both ways:
+    the M3 of the picture sees its M4. The anchor is text and stays causal.
     """
     key_is_text = (region == TEXT)[:, None, :]                                              # (B, 1, L)
     key_is_mask = (region >= 0)[:, None, :]
     text_before = position[:, None, :] <= bound[:, :, None]                                 # (B, L, L)
     same_region = region[:, None, :] == region[:, :, None]
     not_after = position[:, None, :] <= position[:, :, None]
-    return (key_is_text & text_before) | (key_is_mask & same_region & not_after)
+    return (key_is_text & text_before) | (key_is_mask & same_region & (not_after | bidirectional))

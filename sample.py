@@ -110,10 +110,10 @@ def draw(logits, temperature, top_k, top_p, generator):
 
 
 @functools.lru_cache
-def region_layout(pending, k, device):
+def region_layout(pending, k, bidirectional, device):
     """`pending` tokens and a region behind each of them: positions (1, L) and mask (L, L), as in training."""
     position, region, bound, _ = make_layout([pending], [list(range(pending))], k)
-    return position.to(device), attention_mask(position, region, bound)[0].to(device)
+    return position.to(device), attention_mask(position, region, bound, bidirectional)[0].to(device)
 
 
 def verify(candidates, ids, fed, longest, k, wide):
@@ -137,7 +137,8 @@ def verify(candidates, ids, fed, longest, k, wide):
 
 @torch.inference_mode()
 def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max_new_tokens=256, stop_strings=(),
-             decode=None, on_chunk=None, lossless=None, temperature=0.0, top_k=0, top_p=1.0, seed=0, fixed=False):
+             decode=None, on_chunk=None, lossless=None, temperature=0.0, top_k=0, top_p=1.0, seed=0, fixed=False,
+             bidirectional=None):
     """Decode up to k tokens per pass (paper, section on ConfAdapt). Returns one Generation per prompt.
 
     model           a Transformer
@@ -154,6 +155,7 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
                     longer chunks stay greedy
     fixed           for a compiled model: all passes but the first have one shape (the largest width, the whole cache, rows
                     that are done stay in the batch until all are). The text is the same
+    bidirectional   the masks of a region see each other both ways; None: if the checkpoint was trained so
     Raises InputError for an empty prompt, one longer than the context, k > 1 without a mask token, or a temperature in
     lossless mode.
 
@@ -162,6 +164,8 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
     ever sees them, so a row's answer does not depend on its neighbours.
     """
     context, device = model.config.max_position_embeddings, model.device
+    if bidirectional is None:
+        bidirectional = model.config.raw.get("nanomtp", {}).get("bidirectional", False)
     if k > 1 and mask_id is None:
         raise InputError("this checkpoint has no mask token, so it emits one token per pass: train it first (train.py)")
     if lossless and temperature > 0:
@@ -193,13 +197,17 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
         reach = capacity if steady else max(committed[row] for row in active) + width
         slots = all_slots[:reach]                                       # (S,)
         if wide:                                                        # position and slot differ: the training layout
-            position, own = region_layout(longest, k, device)
+            position, own = region_layout(longest, k, bidirectional, device)
             positions = cache.length[:, None] + position                # (B, T)
             place = slots - cache.length[:, None]                       # (B, S) in this pass; below 0: committed
             mask = own[:, place.clamp(0, width - 1)].transpose(0, 1) & (place < width)[:, None] | (place < 0)[:, None]
         else:                                                           # position = slot, and the mask is causal
             positions = cache.next_slots(width)                         # (B, T)
             mask = slots <= positions[:, :, None]                       # (B, T, S)
+            if bidirectional:                                           # but the k - 1 masks behind a row's pending tokens
+                first = (cache.length + fed)[:, None]                   # (B, 1) slot of the first of them
+                among = (slots >= first) & (slots < first + k - 1)      # (B, S)
+                mask = mask | among[:, None, :] & (positions >= first)[:, :, None]
         # --- 2. candidates and confidences at the last pending token and the k - 1 masks behind it; to verify, everywhere
         rows = torch.arange(len(active), device=device)[:, None]
         at = None if verifying else (rows, fed[:, None] - 1 + torch.arange(k, device=device))

@@ -37,14 +37,18 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import draw_rows, encode_rows, load_data
 from eval_gsm8k import extract_flexible, normalise
-from model import DTYPES, Transformer, add_mask_token, machine, pick_device, pick_dtype, save_pretrained
+from extras import parallel
+from model import (DTYPES, Transformer, add_mask_token, keep_freed_memory, machine, peak_memory, pick_device, pick_dtype,
+                   save_pretrained)
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, new_folder, resolve, run
 from regions import PADDING, attention_mask, choose_anchors, make_layout
 from sample import chunks_of, generate, printable, shared_prefix
@@ -52,49 +56,95 @@ from tokenizer import Tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Objective (paper, section on the online self-distillation loss)
+# Objective (paper, section on the online self-distillation loss). M is any number of slots.
 
-def hard_targets(teacher_logits, rollout, stop_ids, end_id):
-    """What the teacher would have written: (N, k, V) and (N, k) -> (N, k) long.
+CHUNK = 1024                # slots whose logits exist at the same time: 1024 * 150k ids * 4 bytes are 0.6 GB
 
-    Slot j's target is the teacher's most likely token after y1 .. y(j-1). Behind a stop token in the rollout the
-    teacher would read text after the end of the text, and has nothing to say: the targets there are `end_id`.
+
+def head(model, mask_id):
+    """What turns the model's hidden states into logits: the output matrix (V, C), and a bias (V,) that takes the mask token
+    (None: there is none) out of the candidates."""
+    matrix = model.output_matrix
+    bias = torch.zeros(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    if mask_id is not None and mask_id < len(matrix):                       # a teacher whose matrix did not grow lacks it
+        bias[mask_id] = torch.finfo(matrix.dtype).min                       # and not -inf: 0 * -inf is NaN
+    return matrix, bias
+
+
+@torch.no_grad()
+def most_likely(hidden, head):
+    """The most likely token at each slot, and its probability: (M, C) -> (M,) long and (M,) fp32."""
+    tokens, probabilities = [], []
+    for part in hidden.split(CHUNK):
+        logits = F.linear(part, *head).float()                              # (CHUNK, V)
+        top, token = logits.max(dim=-1)
+        tokens.append(token)
+        probabilities.append((top - logits.logsumexp(dim=-1)).exp())
+    return torch.cat(tokens), torch.cat(probabilities)
+
+
+def hard_loss(hidden, head, targets):
+    """Sum over slots of -log p(target), in nats: (M, C) and (M,) long -> scalar. A target of -100 counts nothing."""
+    matrix, bias = head
+    return F.linear_cross_entropy(hidden.float(), matrix.float(), targets, linear_bias=bias.float(), reduction="sum",
+                                  ignore_index=-100, options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK))
+
+
+def soft_loss(hidden, head, teacher_hidden, teacher_head):
+    """Sum over slots of -sum_v p_T(v) log p_S(v): (M, C) and the teacher's (M, C) -> scalar, in nats.
+
+    That is KL(p_T || p_S) plus the teacher's entropy, which has no gradient.
     """
-    targets = teacher_logits.argmax(dim=-1)                                                 # (N, k)
-    is_stop = torch.isin(rollout, torch.tensor(sorted(stop_ids), device=rollout.device))
-    stopped = is_stop.long().cumsum(dim=1) - is_stop.long() > 0                             # a stop token before j
-    return torch.where(stopped, end_id, targets)
+    def part(hidden, teacher_hidden):
+        p = F.linear(teacher_hidden, *teacher_head).float().softmax(dim=-1)                 # (CHUNK, V)
+        log_p = F.linear(hidden, *head).float().log_softmax(dim=-1)
+        return -(p * log_p[:, :p.shape[1]]).sum()                           # the student may have one row more: the mask's
+
+    chunks = zip(hidden.split(CHUNK), teacher_hidden.split(CHUNK))
+    return sum((checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks), hidden.sum() * 0)
 
 
-def region_loss(student, teacher, ids, position, mask, slots, truth, mask_id, stop_ids, end_id):
-    """One pass of student and teacher over a batch of regions.
+def behind_stop(rollout, stop_ids):
+    """(N, k) bool: slots behind a stop token of the rollout, where the teacher would read text after the end of the text."""
+    is_stop = torch.isin(rollout, torch.tensor(sorted(stop_ids), device=rollout.device)).long()
+    return is_stop.cumsum(dim=1) - is_stop > 0
 
-    ids       (B, L) long: text, with the mask token in every other place
-    slots     row and place of each prediction, (N, k) each
-    truth     (N, k) long: what the text says at each slot. These are the targets where `teacher` is None, -100 where
-              the text was cut; else they are not looked at
+
+def region_loss(student, teacher, batch, mask_id, stop_ids, end_id, soft=False):
+    """One pass of student and teacher over a Batch of regions.
+
+    teacher   None: the targets are the batch's `truth`. Else what the teacher would have written at slot j after the
+              student's y1 .. y(j-1): its most likely token or, `soft`, its distribution. Behind a stop token it has nothing
+              to say, and the target is `end_id`
     mask_id   id of the mask token, or None where k = 1 and there is none
-    returns the *sum* of the cross-entropy over all N * k slots, in nats, with a gradient for the student alone; and
-            three (N, k) tensors without one: the rollout, the targets, the student's confidence in the rollout
+    returns the *sums* of the cross-entropy over all N * k slots and over all P text tokens (section on ablations: the
+            prefix loss), in nats, with a gradient for the student alone; and (N, k) tensors without one: the rollout, the
+            most likely targets, the student's confidence in the rollout
     """
-    logits = student(ids, position, mask, at=slots)                                         # (N, k, V)
-    if mask_id is not None:
-        logits[..., mask_id] = -torch.inf                                                   # never a candidate
-    rollout = logits.detach().argmax(dim=-1)                                                # y1 .. yk
-    targets = truth
-    if teacher is not None:
+    row, place = batch.slots
+    at = tuple(torch.cat((slots.flatten(), prefix)) for slots, prefix in zip(batch.slots, batch.prefix))
+    hidden = student(batch.ids, batch.position, batch.mask, at=at, head=False)              # (N * k + P, C)
+    hidden, prefix_hidden = hidden.split((row.numel(), len(batch.next_token)))
+    student_head = head(getattr(student, "module", student), mask_id)                       # DDP wraps the model
+    rollout, confidence = (x.view_as(row) for x in most_likely(hidden.detach(), student_head))      # y1 .. yk
+    if teacher is None:
+        targets, loss = batch.truth, hard_loss(hidden, student_head, batch.truth.flatten())
+    else:
         with torch.no_grad():
-            row, place = slots
-            teacher_ids = ids.clone()
+            teacher_ids = batch.ids.clone()
             teacher_ids[row[:, 1:], place[:, 1:]] = rollout[:, :-1]                         # y1 .. y(k-1) for the masks
-            teacher_logits = teacher(teacher_ids, position, mask, at=slots)
-            if mask_id is not None and mask_id < teacher_logits.shape[-1]:                  # a free row, not a new one
-                teacher_logits[..., mask_id] = -torch.inf
-            targets = hard_targets(teacher_logits, rollout, stop_ids, end_id)
-    log_p = F.log_softmax(logits.float(), dim=-1)                                           # (N, k, V)
-    loss = F.nll_loss(log_p.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
-    confidence = log_p.detach().gather(-1, rollout[..., None])[..., 0].exp()
-    return loss, rollout, targets, confidence
+            said = teacher(teacher_ids, batch.position, batch.teacher_mask, at=batch.slots, head=False).flatten(0, 1)
+            teacher_head = head(teacher, mask_id)
+            ended = behind_stop(rollout, stop_ids)
+            targets = most_likely(said, teacher_head)[0].view_as(row).masked_fill(ended, end_id)
+        if soft:
+            ended = ended.flatten()
+            loss = (soft_loss(hidden[~ended], student_head, said[~ended], teacher_head)
+                    + hard_loss(hidden[ended], student_head, targets.flatten()[ended]))
+        else:
+            loss = hard_loss(hidden, student_head, targets.flatten())
+    prefix_loss = hard_loss(prefix_hidden, student_head, batch.next_token)
+    return loss, prefix_loss, rollout, targets, confidence
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,20 +153,31 @@ def region_loss(student, teacher, ids, position, mask, slots, truth, mask_id, st
 def draw_k_and_offset(step, args):
     """k uniform in 2..k_max and the anchors' offset uniform in 0..stride-1, drawn anew for each step from its number.
 
-    With --curriculum N the widest k grows from 2 to k_max over the first N steps. --k 1 is 1 throughout.
+    With --curriculum N the widest k grows from 2 to k_max over the first N steps; with --fixed-k it is always k_max, as
+    it is for --k 1.
     """
     rng = random.Random(f"layout/{args.seed}/{step}")
-    if args.k == 1:
-        return 1, rng.randrange(args.stride)
     grown = min(1.0, step / args.curriculum) if args.curriculum else 1.0
-    return rng.randint(2, 2 + round(grown * (args.k - 2))), rng.randrange(args.stride)
+    widest = 2 + round(grown * (args.k - 2)) if args.k > 1 else 1
+    k = rng.randint(min(2, widest), widest)
+    return widest if args.fixed_k else k, rng.randrange(args.stride)
 
 
-def make_batch(encoded, k, offset, stride, mask_id, end_id, device):
-    """Encoded rows -> (ids, position, mask, slots, truth) for `region_loss`, on `device`."""
-    lengths = [len(text) for _, text in encoded]
-    anchors = choose_anchors([prompt for prompt, _ in encoded], lengths, offset, stride)
-    position, region, bound, slots = make_layout(lengths, anchors, k)
+class Batch(NamedTuple):
+    ids: torch.Tensor               # (B, L) long: text, with the mask token in every other place
+    position: torch.Tensor          # (B, L) long
+    mask: torch.Tensor              # (B, L, L) bool, the student's
+    teacher_mask: torch.Tensor      # (B, L, L) bool: causal inside the regions too
+    slots: tuple                    # row and place of each prediction, (N, k) long each
+    truth: torch.Tensor             # (N, k) long: what the text says there; -100 where it was cut and nobody knows
+    prefix: tuple                   # row and place of each text token whose successor is trained on too, (P,) long each
+    next_token: torch.Tensor        # (P,) long: these successors
+
+
+def make_batch(encoded, k, offset, stride, mask_id, end_id, device, bidirectional=False, prefix=False):
+    """Encoded rows -> a Batch on `device`. `prefix`: the answers' own tokens are to be trained on too."""
+    prompts, lengths = [prompt for prompt, _ in encoded], [len(text) for _, text in encoded]
+    position, region, bound, slots = make_layout(lengths, choose_anchors(prompts, lengths, offset, stride), k)
     text = torch.full((len(encoded), max(lengths) + k), end_id)             # behind its end a text goes on with the end
     for b, (_, row) in enumerate(encoded):
         text[b, :len(row)] = torch.tensor(row)
@@ -127,8 +188,13 @@ def make_batch(encoded, k, offset, stride, mask_id, end_id, device):
     ids = torch.full_like(position, end_id if mask_id is None else mask_id)
     ids[:, :max(lengths)] = text[:, :max(lengths)].clamp(min=0)
     ids[region == PADDING] = end_id
-    return (ids.to(device), position.to(device), attention_mask(position, region, bound).to(device),
-            tuple(index.to(device) for index in slots), truth.to(device))
+    answers = [(b, i) for b in range(len(encoded) if prefix else 0) for i in range(prompts[b] - 1, lengths[b] - 1)]
+    before = torch.tensor(answers, dtype=torch.long).view(-1, 2).unbind(dim=1)              # row and place, (P,) each
+    mask = attention_mask(position, region, bound).to(device)
+    student_mask = attention_mask(position, region, bound, bidirectional).to(device) if bidirectional else mask
+    slots, before = (tuple(index.to(device) for index in pair) for pair in (slots, before))
+    return Batch(ids.to(device), position.to(device), student_mask, mask, slots, truth.to(device), before,
+                 text.to(device)[before[0], before[1] + 1])
 
 
 def learning_rate(step, args):
@@ -143,9 +209,11 @@ def learning_rate(step, args):
 def evaluate(student, tokenizer, rows, args, mask_id):
     """Answer held-out rows with k = 1 and, for k_max > 1, at threshold 0.9. Returns a dict for the log."""
     prompts = [tokenizer.prompt(row["question"], args.prompt_format) for row in rows]
+    answer = torch.no_grad()(generate.__wrapped__) if args.fsdp else generate   # FSDP gathers no weights in inference mode
 
     def decode(k, threshold):
-        results = generate(student, prompts, k, threshold, mask_id, tokenizer.stop_ids, args.eval_tokens)
+        results = answer(student, prompts, k, threshold, mask_id, tokenizer.stop_ids, args.eval_tokens,
+                         bidirectional=args.bidirectional)
         hits = [normalise(extract_flexible(tokenizer.decode(result.tokens))) == normalise(extract_flexible(row["answer"]))
                 for result, row in zip(results, rows)]
         return results, sum(hits) / len(hits)
@@ -164,20 +232,29 @@ def evaluate(student, tokenizer, rows, args, mask_id):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: out/step-N is a Hugging Face folder plus trainer.pt; out/latest points to the newest
 
-MAY_CHANGE = ("resume", "out", "cache", "steps", "minutes", "device", "micro_batch_size", "eval_every", "eval_tokens",
-              "log_every", "save_every")                                        # between a run and its resumption
+MAY_CHANGE = ("resume", "out", "cache", "steps", "minutes", "device", "micro_batch_size", "compile", "fsdp", "eval_every",
+              "eval_tokens", "log_every", "save_every")                         # between a run and its resumption
 
 
 def save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id):
-    """Write out/step-N whole or not at all, point out/latest to it, keep the last two. Returns its path."""
+    """Write out/step-N whole or not at all, point out/latest to it, keep the last two. Returns its path.
+
+    All ranks call it, rank 0 writes. What a step reads follows from (seed, step), so `step` is also the position in the
+    data; random number generators are kept all the same, for whoever adds dropout.
+    """
     folder = out / f"step-{step}"
+    weights, optimizer_state = parallel.whole_state(student, optimizer)
+    if parallel.rank_and_world()[0] > 0:
+        return folder
     with new_folder(folder) as temporary:
         save_pretrained(student, temporary, args.k > 1 and {
-            "mask_token_id": mask_id, "k_max": args.k, "bidirectional": False, "prompt_format": args.prompt_format,
-            "data": args.data, "steps": step})
+            "mask_token_id": mask_id, "k_max": args.k, "bidirectional": args.bidirectional,
+            "prompt_format": args.prompt_format, "data": args.data, "steps": step}, weights)
         tokenizer.save(temporary, mask_id)
+        rng = {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
         try:
-            torch.save({"step": step, "args": vars(args), "optimizer": optimizer.state_dict()}, temporary / "trainer.pt")
+            torch.save({"step": step, "args": vars(args), "optimizer": optimizer_state, "rng": rng},
+                       temporary / "trainer.pt")
         except RuntimeError:                                            # how torch's writer reports a short write
             raise OSError("the optimizer's state could not be written whole; is the disk full?") from None
     link = out / f".latest-{os.getpid()}"
@@ -203,6 +280,7 @@ def load_trainer(out, args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Flags
 
 # Presets: what differs from the defaults of the flags, which are those of `tiny`. `paper`: its model, data, k, optimiser and
 # batch. Its sequences of 160 fed tokens hold 5 regions and 85 to 155 tokens of text (method: an interleaved layout, a
@@ -233,10 +311,14 @@ def get_args():
     add("--cache", help="where converted checkpoints are kept ($NANOMTP_CACHE or ~/.cache/nanomtp)")
     add = parser.add_argument_group("multi-token prediction").add_argument
     add("--k", type=int, default=8, help="k_max, most tokens per pass: each step draws k in 2..k_max (%(default)s)")
-    add("--stride", type=int, default=3, help="an anchor every so many tokens of the answer (%(default)s)")
+    add("--fixed-k", action=flag, default=False, help="each step draws k_max itself")
     add("--curriculum", type=int, default=0, help="widen k from 2 to k_max over the first N steps (%(default)s: off)")
-    add("--targets", choices=["hard", "ground-truth"], default="hard", help="hard: what the teacher would have written; "
-        "ground-truth: the text itself, as in ordinary training (%(default)s)")
+    add("--stride", type=int, default=3, help="an anchor every so many tokens of the answer (%(default)s)")
+    add("--targets", choices=["hard", "soft", "ground-truth"], default="hard", help="hard: what the teacher would have "
+        "written; soft: its distribution; ground-truth: the text itself, as in ordinary training (%(default)s)")
+    add("--prefix-loss", type=float, default=0.0, help="weight of ordinary next-token training on the answers, a mean over "
+        "their tokens, beside the loss (%(default)s)")
+    add("--bidirectional", action=flag, default=False, help="the masks of a region see each other both ways")
     add = parser.add_argument_group("optimisation (AdamW)").add_argument
     add("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s)")
     add("--warmup", type=int, default=20, help="steps of linear warm-up (%(default)s)")
@@ -256,6 +338,8 @@ def get_args():
     add("--log-every", type=int, default=1, help="log.jsonl gets a row about every N-th step (%(default)s)")
     add("--save-every", type=int, default=100, help="steps between checkpoints (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--fsdp", action=flag, default=False, help="several GPUs: each holds a share of the models, not all of them")
+    add("--compile", action=flag, default=False, help="torch.compile: minutes first, faster steps on a GPU")
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="of the passes, auto: bf16 where that is faster; "
         "the weights stay fp32 (%(default)s)")
@@ -267,13 +351,15 @@ def get_args():
     for name, least in at_least.items():
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
-    if args.k == 1 and args.targets == "hard":
+    if args.k == 1 and args.targets != "ground-truth":
         raise InputError("--k must be at least 2: with k = 1 there is nothing to distil (ordinary next-token training is "
                          "--k 1 --targets ground-truth)")
     if not (0 < args.lr < math.inf and args.clip > 0 and (args.minutes is None or args.minutes > 0)):
         raise InputError("--lr, --clip and --minutes must be above 0")
-    if not 0 <= args.weight_decay < math.inf:
-        raise InputError("--weight-decay must be at least 0")
+    if not (0 <= args.weight_decay < math.inf and 0 <= args.prefix_loss < math.inf):
+        raise InputError("--weight-decay and --prefix-loss must be at least 0")
+    if args.fsdp and parallel.rank_and_world()[1] == 1:
+        raise InputError("--fsdp spreads a model over several processes: torchrun --nproc_per_node=4 train.py --fsdp ...")
     return args
 
 
@@ -290,7 +376,9 @@ def main():
         print(f"nothing to resume in {out}: starting anew")
 
     # --- data and tokens
-    device = pick_device(args.device)
+    keep_freed_memory()
+    device = parallel.join(pick_device(args.device))
+    rank, world = parallel.rank_and_world()
     dtype = pick_dtype(args.dtype, device)
     args.dtype = next(name for name, value in DTYPES.items() if value == dtype)
     start = resolve(args.model, args.cache)
@@ -314,7 +402,7 @@ def main():
     state = load_trainer(out, args) if resuming else None
     try:
         out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.jsonl", "a", encoding="utf-8")
+        log = open(out / "log.jsonl" if rank == 0 else os.devnull, "a", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}") from None
     torch.set_float32_matmul_precision("high")
@@ -323,52 +411,75 @@ def main():
     else:
         student = Transformer.from_pretrained(out / "latest" if resuming else start, torch.float32, device)
     teacher = None
-    if args.targets == "hard":
+    if args.targets != "ground-truth":
         teacher = Transformer.from_pretrained(start, dtype, device).requires_grad_(False)
     if args.seq_len > student.config.max_position_embeddings:
         raise InputError(f"--seq-len {args.seq_len} is beyond the model's context of "
                          f"{student.config.max_position_embeddings} tokens")
     if args.k > 1 and tokenizer.mask_id is None and not resuming:
         add_mask_token(student, mask_id, args.seed)
+    settings = {"parameters": sum(p.numel() for p in student.parameters()), **vars(args), "processes": world,
+                **machine(device)}
+    if args.fsdp:
+        parallel.shard(student, dtype)
+        if teacher is not None:
+            parallel.shard(teacher, dtype)
+    if args.compile:                                            # in place: names of parameters stay the checkpoint's
+        student.compile(dynamic=True)
+        if teacher is not None:
+            teacher.compile(dynamic=True)
+    wrapped = parallel.replicate(student, device) if world > 1 and not args.fsdp else student
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in student.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
          {"params": [p for p in student.parameters() if p.dim() < 2], "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.95), fused=True)
     first_step, saved = 0, None
     if resuming:
-        optimizer.load_state_dict(state.pop("optimizer"))
+        parallel.load_optimizer(student, optimizer, state.pop("optimizer"))
+        random.setstate(state["rng"]["python"])
+        torch.set_rng_state(state["rng"]["torch"])
+        if len(state["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         first_step, saved = state["step"], (out / "latest").resolve()
     mixed = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def gradients(step):
         """Accumulate the gradient of one step's mean loss, in as many passes as --micro-batch-size asks for.
 
-        Returns k, the loss (nats per slot), the number of fed tokens, and (3, k_max) sums for each slot: predictions,
-        agreements with the teacher, confidences.
+        Returns k, the loss (nats per slot, the prefix loss included), the number of fed tokens, and (3, k_max) sums for
+        each slot: predictions, agreements with the targets, confidences.
         """
         k, offset = draw_k_and_offset(step, args)
         rows = draw_rows(train, args.batch_size, step, args.seed)
         encoded = encode_rows(rows, tokenizer, args.prompt_format, args.seq_len)
         encoded.sort(key=lambda row: len(row[1]))                       # alike lengths share a pass: less padding
-        batches = [make_batch(encoded[i:i + args.micro_batch_size], k, offset, args.stride, mask_id, tokenizer.end_id,
-                              device) for i in range(0, len(encoded), args.micro_batch_size)]
-        total = sum(truth.numel() for *_, truth in batches)              # the loss is the mean over all of the step's
-        loss, sums = 0.0, torch.zeros(3, args.k)
-        for batch in batches:
+        prompts, lengths = [prompt for prompt, _ in encoded], [len(text) for _, text in encoded]
+        slots = k * sum(map(len, choose_anchors(prompts, lengths, offset, args.stride)))    # the loss is the mean over all
+        answers = sum(lengths) - sum(prompts)                                               # of the step's, on all ranks
+        mine = encoded[rank::world] or encoded[:1]                      # fewer rows than ranks: count the first for nothing
+        weight = world if encoded[rank::world] else 0                   # ranks' gradients are averaged, not added
+        loss, fed, sums = torch.zeros(()), 0, torch.zeros(3, args.k)
+        for at in range(0, len(mine), args.micro_batch_size):
+            batch = make_batch(mine[at:at + args.micro_batch_size], k, offset, args.stride, mask_id, tokenizer.end_id,
+                               device, args.bidirectional, args.prefix_loss > 0)
+            parallel.average_when(wrapped, last=at + args.micro_batch_size >= len(mine))
             with mixed():
-                part, rollout, targets, confidence = region_loss(
-                    student, teacher, *batch, mask_id, tokenizer.stop_ids, tokenizer.end_id)
-            (part / max(1, total)).backward()
-            loss += part.item() / max(1, total)
-            sums[:, :k] += torch.stack([torch.ones_like(confidence), rollout == targets, confidence]).sum(dim=1).cpu()
-        return k, loss, sum(ids.numel() for ids, *_ in batches), sums
+                part, prefix, rollout, targets, confidence = region_loss(
+                    wrapped, teacher, batch, mask_id, tokenizer.stop_ids, tokenizer.end_id, args.targets == "soft")
+            part = part / max(1, slots) + args.prefix_loss * prefix / max(1, answers)
+            (weight * part).backward()
+            if weight:
+                loss += part.item()
+                fed += batch.ids.numel()
+                sums[:, :k] += torch.stack([torch.ones_like(confidence), rollout == targets, confidence]).sum(dim=1).cpu()
+        everything = parallel.total(torch.cat((loss[None], torch.tensor([float(fed)]), sums.flatten())).to(device)).cpu()
+        return k, everything[0].item(), int(everything[1]), everything[2:].view(3, -1)
 
     # --- say what is about to happen; the first step's gradient is computed once for its timing and thrown away
     def record(event, step, **row):
         log.write(json.dumps({"event": event, "step": step, **row}) + "\n")
         log.flush()
 
-    settings = {"parameters": sum(p.numel() for p in student.parameters()), **vars(args), **machine(device)}
     print("\n".join(f"{name:>18}  {value}" for name, value in settings.items()))
     record("resume" if resuming else "start", first_step, **settings)
     if args.steps > first_step:
@@ -407,15 +518,20 @@ def main():
     def minutes():
         return round((time.perf_counter() - begun) / 60, 3)
 
+    def stop():                                                         # all ranks stop after the same step
+        late = args.minutes is not None and minutes() >= args.minutes
+        return parallel.total(torch.tensor(float(late or bool(interrupted)), device=device)) > 0
+
     if args.eval_every and not resuming:
         evaluate_and_record(0)
-    bar = tqdm(total=args.steps, initial=first_step, unit="step", dynamic_ncols=True)
-    while step < args.steps and not interrupted and (args.minutes is None or minutes() < args.minutes):
+    bar = tqdm(total=args.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=rank > 0)
+    while step < args.steps and not stop():
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         k, loss, fed, sums = gradients(step)
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
+        norm = (norm.full_tensor() if args.fsdp else norm).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             sys.exit(f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped. The last good checkpoint is "
                      f"{saved or 'none'} (try a lower --lr)")
@@ -437,8 +553,9 @@ def main():
     bar.close()
     if step > first_step and (saved is None or saved.name != f"step-{step}"):
         saved = save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id)
-    record("end", step, minutes=minutes(), interrupted=bool(interrupted))
+    record("end", step, minutes=minutes(), interrupted=bool(interrupted), peak_memory_gb=peak_memory(device))
     print(f"{step} steps; the newest checkpoint is {saved} (python sample.py --model {out})")
+    parallel.leave()
     if interrupted:
         sys.exit(130)
 

@@ -1,0 +1,97 @@
+"""
+Several GPUs: what train.py and eval_gsm8k.py need beyond one process. With one GPU, or none, skip this file.
+
+    torchrun --nproc_per_node=4 train.py --preset paper             # DDP: each process holds the whole model
+    torchrun --nproc_per_node=4 train.py --preset paper --fsdp      # FSDP: each holds a share of student and teacher
+    torchrun --nproc_per_node=4 eval_gsm8k.py --data gsm8k          # each answers a share of the questions
+
+torchrun starts N processes ("ranks") that run the same script. All of them draw the same step from (seed, step), k, offset
+and rows; rank r takes every N-th row from the r-th on, so --batch-size is the number of sequences of all ranks together,
+nothing is trained on twice, and a run gives the same curve on any number of ranks. Gradients are averaged in the backward
+pass, by DDP or FSDP. Evaluation inside training is the same on every rank (FSDP needs all ranks for every pass).
+"""
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from pretrained import InputError
+
+
+def rank_and_world():
+    """(this process, number of processes), as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(device):
+    """Meet the other ranks. Returns this rank's own device: on CUDA each has a GPU. Nothing to do for one process.
+
+    From here on only rank 0 prints.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return device
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    if device.type == "cuda":
+        local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        if torch.cuda.device_count() < here:
+            raise InputError(f"{here} processes, but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def leave():
+    """The end of a run: without it torch complains."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model, dtype):
+    """FSDP, in place: each rank keeps a share of every matrix, and gets the others' when a block is about to run.
+
+    dtype   of the passes; the shares stay fp32 in the student, for the optimiser
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in model.model.layers:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def replicate(model, device):
+    """DDP: a wrapper whose backward pass averages the gradients over ranks."""
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def average_when(model, last):
+    """Gradients of several passes add up: talk to the other ranks in the `last` one only."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = last
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+
+
+def total(tensor):
+    """The sum of a tensor over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def whole_state(model, optimizer):
+    """(weights, optimiser state) by parameter name, whole and on the CPU, whichever way they were spread over ranks.
+
+    All ranks must call it; on others than rank 0 the result may be empty.
+    """
+    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_optimizer(model, optimizer, state):
+    """Put an optimiser state of `whole_state` back, spread as the model is now."""
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
