@@ -12,6 +12,10 @@ after `normalise`. The paper reports flexible-extract (section on experiments), 
 Every question becomes a row of OUT/rows.jsonl as soon as its batch is done, so a killed run goes on with --resume. At
 the end: OUT/table.md, OUT/table.json and OUT/pareto.png. Always among the strategies is k = 1 of the same checkpoint,
 which all others are compared with, question by question; with --baseline also k = 1 of the start checkpoint.
+
+Under torchrun (extras/parallel.py) the processes take turns by whole batches, so no answer depends on how many they are.
+A strategy's seconds are still the sum over its batches, as if one process had decoded them all in a row; but processes
+that share a CPU slow each other down. "processes" in table.json says how many there were, all numbers if a run was resumed.
 """
 import argparse
 import hashlib
@@ -29,6 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import WordProblems, read_hub, read_jsonl
+from extras import parallel
 from model import DTYPES, machine, pick_device, pick_dtype
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, read_json, resolve, run, weight_files, write_json
 from sample import Generation, default_model, generate, load, shared_prefix, speeds, strategy, strategy_name
@@ -248,36 +253,44 @@ def fingerprint(folder):
     return digest.hexdigest()[:16]
 
 
-def open_rows(path, settings, resume):
-    """Rows of whole batches that an earlier run left in `path`, and the file, open to append more.
+def read_rows(path):
+    """{(strategy, batch): its rows} of the whole batches in `path`. The first line is not a row: it holds the settings."""
+    kept = {}
+    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+        try:
+            row = json.loads(line)
+        except ValueError:                                              # the line that a killed run was writing
+            continue
+        kept.setdefault((row["strategy"], row["batch"]), []).append(row)
+    return {key: batch for key, batch in kept.items() if len(batch) == batch[0]["batch_rows"]}
 
-    The first line holds the settings. Raises InputError if the file exists without --resume, or holds other settings.
+
+def open_rows(path, settings, resume):
+    """The file of rows, with the whole batches that an earlier run left in it, open to append more: one for all processes.
+
+    Raises InputError if the file exists without --resume, or holds other settings.
     """
     kept = {}
     if path.exists():
         if not resume:
             raise InputError(f"{path} exists: add --resume to go on, or choose another --out")
-        lines = path.read_text(encoding="utf-8").splitlines()
-        was = json.loads(lines[0]) if lines else {}
+        with open(path, encoding="utf-8") as file:
+            was = json.loads(file.readline() or "{}")
         changed = [key for key in settings if was.get(key) != settings[key]]
         if changed:
             raise InputError(f"{path} was made with {changed[0]} {was.get(changed[0])}, not {settings[changed[0]]}: "
                              "choose another --out")
-        rows = []
-        for line in lines[1:]:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:                                          # the line that a killed run was writing
-                break
-        for row in rows:
-            kept.setdefault((row["strategy"], row["batch"]), []).append(row)
-        kept = {key: batch for key, batch in kept.items() if len(batch) == batch[0]["batch_rows"]}
-    temporary = path.with_suffix(".tmp")
+        kept = read_rows(path)
+    # Every process writes the new file: where the disk refuses, all of them stop, and none waits for the others
+    temporary = path.with_suffix(f".tmp{parallel.rank_and_world()[0]}")
     with open(temporary, "w", encoding="utf-8") as file:
         for row in [settings, *(row for batch in kept.values() for row in batch)]:
             file.write(json.dumps(row) + "\n")
+    parallel.wait()                                                     # until all have looked whether there is an old one
     temporary.replace(path)
-    return kept, open(path, "a", encoding="utf-8")
+    parallel.wait()                                                     # what is appended now is not replaced
+    # A batch fits this buffer and goes out as one write behind what is there: no other process gets between its rows
+    return open(path, "a", buffering=2 ** 26, encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -321,7 +334,8 @@ def get_args():
 
 def main():
     args = get_args()
-    device = pick_device(args.device)
+    device = parallel.join(pick_device(args.device))
+    rank, world = parallel.rank_and_world()
     dtype = pick_dtype(args.dtype, device)
     name = args.model or default_model()
     trained = read_json(resolve(name, args.cache) / "config.json").get("nanomtp", {})
@@ -356,41 +370,49 @@ def main():
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        done, file = open_rows(out / "rows.jsonl", settings, args.resume)
+        file = open_rows(out / "rows.jsonl", settings, args.resume)
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}") from None
     print(f"{len(questions)} questions, {len(plan)} strategies; the first prompt:\n\n{tokenizer.decode(prompts[0])}\n")
 
-    # --- ask everything
-    rows = {strategy: [] for strategy, *_ in plan}
-    bar = tqdm(total=len(plan) * len(prompts), unit="answer", dynamic_ncols=True)
-    for strategy_, writer, k, threshold, lossless in plan:
-        for at in range(0, len(prompts), args.batch_size):
-            batch = done.get((strategy_, at))
-            if batch is None:
-                some = prompts[at:at + args.batch_size]
-                mask_id = None if writer is start else tokenizer.mask_id        # the start's matrix may lack its row
-                results = generate(writer, some, k, threshold, mask_id, tokenizer.stop_ids,
-                                   args.max_new_tokens, stops, tokenizer.decode, lossless=lossless)
-                batch = [{"id": at + i, "strategy": strategy_, "batch": at, "batch_rows": len(some),
-                          **{key: value for key, value in asdict(result).items() if key != "confidences"},
-                          **score(result, tokenizer, golds[at + i], stops, task), "gold": golds[at + i],
-                          "start_loss": start and -log_likelihood(start, some[i], result.tokens)[0]}
-                         for i, result in enumerate(results)]
-                file.write("".join(json.dumps(row) + "\n" for row in batch))
-                file.flush()
-            rows[strategy_] += batch
-            bar.update(len(batch))
-            hits, all_rows = [row["correct"] for row in rows[strategy_]], rows[strategy_]
-            per_forward = statistics.fmean(len(row["tokens"]) / len(row["chunks"]) for row in all_rows)
-            bar.set_postfix_str(f"{strategy_}: {statistics.fmean(hits):.1%} right, {per_forward:.2f} tokens per forward")
+    # --- ask everything; with N processes it is each one's turn at every N-th batch
+    turns = [(*way, at) for way in plan for at in range(0, len(prompts), args.batch_size)]
+    done, rows = read_rows(out / "rows.jsonl"), {strategy: [] for strategy, *_ in plan}
+    mine = sum(len(prompts[at:at + args.batch_size]) for *_, at in turns[rank::world])
+    bar = tqdm(total=mine, unit="answer", dynamic_ncols=True, disable=rank > 0)
+    for strategy_, writer, k, threshold, lossless, at in turns[rank::world]:
+        batch = done.get((strategy_, at))
+        if batch is None:
+            some = prompts[at:at + args.batch_size]
+            mask_id = None if writer is start else tokenizer.mask_id            # the start's matrix may lack its row
+            results = generate(writer, some, k, threshold, mask_id, tokenizer.stop_ids,
+                               args.max_new_tokens, stops, tokenizer.decode, lossless=lossless)
+            batch = [{"id": at + i, "strategy": strategy_, "batch": at, "batch_rows": len(some), "processes": world,
+                      **{key: value for key, value in asdict(result).items() if key != "confidences"},
+                      **score(result, tokenizer, golds[at + i], stops, task), "gold": golds[at + i],
+                      "start_loss": start and -log_likelihood(start, some[i], result.tokens)[0]}
+                     for i, result in enumerate(results)]
+            file.write("".join(json.dumps(row) + "\n" for row in batch))
+            file.flush()
+        rows[strategy_] += batch
+        bar.update(len(batch))
+        hits, all_rows = [row["correct"] for row in rows[strategy_]], rows[strategy_]
+        per_forward = statistics.fmean(len(row["tokens"]) / len(row["chunks"]) for row in all_rows)
+        bar.set_postfix_str(f"{strategy_}: {statistics.fmean(hits):.1%} right, {per_forward:.2f} tokens per forward")
     bar.close()
+    file.close()
 
-    table = summarise(rows)
-    write_json(out / "table.json", {"settings": settings, **machine(device), "table": table})
-    (out / "table.md").write_text(markdown(table), encoding="utf-8")
-    pareto_plot(table).savefig(out / "pareto.png", dpi=150)
-    print(f"\n{markdown(table)}\n{out}/table.md, table.json, pareto.png, rows.jsonl")
+    parallel.wait()                                                             # until all rows are on disk
+    if rank == 0:
+        done = read_rows(out / "rows.jsonl")
+        rows = {name: [row for at in range(0, len(prompts), args.batch_size) for row in done[name, at]] for name in rows}
+        table = summarise(rows)
+        processes = sorted({row.get("processes", 1) for batch in done.values() for row in batch})
+        write_json(out / "table.json", {"settings": settings, **machine(device), "processes": processes, "table": table})
+        (out / "table.md").write_text(markdown(table), encoding="utf-8")
+        pareto_plot(table).savefig(out / "pareto.png", dpi=150)
+        print(f"\n{markdown(table)}\n{out}/table.md, table.json, pareto.png, rows.jsonl")
+    parallel.leave()
 
 
 if __name__ == "__main__":

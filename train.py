@@ -67,7 +67,7 @@ def head(model, mask_id):
     matrix = model.output_matrix
     bias = torch.zeros(len(matrix), dtype=matrix.dtype, device=matrix.device)
     if mask_id is not None and mask_id < len(matrix):                       # a teacher whose matrix did not grow lacks it
-        bias[mask_id] = torch.finfo(matrix.dtype).min                       # and not -inf: 0 * -inf is NaN
+        bias[mask_id] = -1e30                   # and not -inf, nor what becomes it in bf16: 0 * -inf is NaN
     return matrix, bias
 
 
@@ -110,13 +110,14 @@ def behind_stop(rollout, stop_ids):
     return is_stop.cumsum(dim=1) - is_stop > 0
 
 
-def region_loss(student, teacher, batch, mask_id, stop_ids, end_id, soft=False):
+def region_loss(student, teacher, batch, mask_id, stop_ids, end_id, soft=False, slot1_weight=1.0):
     """One pass of student and teacher over a Batch of regions.
 
     teacher   None: the targets are the batch's `truth`. Else what the teacher would have written at slot j after the
               student's y1 .. y(j-1): its most likely token or, `soft`, its distribution. Behind a stop token it has nothing
               to say, and the target is `end_id`
     mask_id   id of the mask token, or None where k = 1 and there is none
+    slot1_weight    of slot 1, which is the model as it was, in the sum over slots; not in the paper
     returns the *sums* of the cross-entropy over all N * k slots and over all P text tokens (section on ablations: the
             prefix loss), in nats, with a gradient for the student alone; and (N, k) tensors without one: the rollout, the
             most likely targets, the student's confidence in the rollout
@@ -128,7 +129,7 @@ def region_loss(student, teacher, batch, mask_id, stop_ids, end_id, soft=False):
     student_head = head(getattr(student, "module", student), mask_id)                       # DDP wraps the model
     rollout, confidence = (x.view_as(row) for x in most_likely(hidden.detach(), student_head))      # y1 .. yk
     if teacher is None:
-        targets, loss = batch.truth, hard_loss(hidden, student_head, batch.truth.flatten())
+        targets, by_distribution = batch.truth, torch.zeros_like(rollout, dtype=torch.bool)
     else:
         with torch.no_grad():
             teacher_ids = batch.ids.clone()
@@ -137,13 +138,15 @@ def region_loss(student, teacher, batch, mask_id, stop_ids, end_id, soft=False):
             teacher_head = head(teacher, mask_id)
             ended = behind_stop(rollout, stop_ids)
             targets = most_likely(said, teacher_head)[0].view_as(row).masked_fill(ended, end_id)
-        if soft:
-            ended = ended.flatten()
-            loss = (soft_loss(hidden[~ended], student_head, said[~ended], teacher_head)
-                    + hard_loss(hidden[ended], student_head, targets.flatten()[ended]))
-        else:
-            loss = hard_loss(hidden, student_head, targets.flatten())
-    prefix_loss = hard_loss(prefix_hidden, student_head, batch.next_token)
+            by_distribution = ~ended & soft                                                 # (N, k)
+    loss, in_slot1 = 0.0, torch.zeros_like(rollout, dtype=torch.bool)
+    in_slot1[:, 0] = True
+    for weight, chosen in [(slot1_weight, in_slot1), (1.0, ~in_slot1)] if slot1_weight != 1 else [(1.0, in_slot1 | True)]:
+        one_hot, distribution = (chosen & ~by_distribution).flatten(), (chosen & by_distribution).flatten()
+        loss = loss + weight * hard_loss(hidden[one_hot], student_head, targets.flatten()[one_hot])
+        if distribution.any():
+            loss = loss + weight * soft_loss(hidden[distribution], student_head, said[distribution], teacher_head)
+    prefix_loss = hard_loss(prefix_hidden, student_head, batch.next_token) if len(batch.next_token) else 0.0
     return loss, prefix_loss, rollout, targets, confidence
 
 
@@ -316,6 +319,8 @@ def get_args():
     add("--stride", type=int, default=3, help="an anchor every so many tokens of the answer (%(default)s)")
     add("--targets", choices=["hard", "soft", "ground-truth"], default="hard", help="hard: what the teacher would have "
         "written; soft: its distribution; ground-truth: the text itself, as in ordinary training (%(default)s)")
+    add("--slot1-weight", type=float, default=1.0, help="of slot 1 in the loss; above 1 the text of k = 1 "
+        "keeps closer to the start's (%(default)s)")
     add("--prefix-loss", type=float, default=0.0, help="weight of ordinary next-token training on the answers, a mean over "
         "their tokens, beside the loss (%(default)s)")
     add("--bidirectional", action=flag, default=False, help="the masks of a region see each other both ways")
@@ -356,8 +361,9 @@ def get_args():
                          "--k 1 --targets ground-truth)")
     if not (0 < args.lr < math.inf and args.clip > 0 and (args.minutes is None or args.minutes > 0)):
         raise InputError("--lr, --clip and --minutes must be above 0")
-    if not (0 <= args.weight_decay < math.inf and 0 <= args.prefix_loss < math.inf):
-        raise InputError("--weight-decay and --prefix-loss must be at least 0")
+    for name in ("weight_decay", "prefix_loss", "slot1_weight"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 0")
     if args.fsdp and parallel.rank_and_world()[1] == 1:
         raise InputError("--fsdp spreads a model over several processes: torchrun --nproc_per_node=4 train.py --fsdp ...")
     return args
@@ -456,16 +462,18 @@ def main():
         prompts, lengths = [prompt for prompt, _ in encoded], [len(text) for _, text in encoded]
         slots = k * sum(map(len, choose_anchors(prompts, lengths, offset, args.stride)))    # the loss is the mean over all
         answers = sum(lengths) - sum(prompts)                                               # of the step's, on all ranks
-        mine = encoded[rank::world] or encoded[:1]                      # fewer rows than ranks: count the first for nothing
-        weight = world if encoded[rank::world] else 0                   # ranks' gradients are averaged, not added
+        mine, most = encoded[rank::world], len(encoded[::world])        # rank 0 has most, and FSDP needs all for each pass
         loss, fed, sums = torch.zeros(()), 0, torch.zeros(3, args.k)
-        for at in range(0, len(mine), args.micro_batch_size):
-            batch = make_batch(mine[at:at + args.micro_batch_size], k, offset, args.stride, mask_id, tokenizer.end_id,
-                               device, args.bidirectional, args.prefix_loss > 0)
-            parallel.average_when(wrapped, last=at + args.micro_batch_size >= len(mine))
+        for at in range(0, most, args.micro_batch_size):
+            rows = mine[at:at + args.micro_batch_size]
+            weight = world if rows else 0                               # ranks' gradients are averaged, not added; a rank
+            batch = make_batch(rows or encoded[:1], k, offset, args.stride, mask_id, tokenizer.end_id,  # without a row
+                               device, args.bidirectional, args.prefix_loss > 0)            # counts the first for nothing
+            parallel.average_when(wrapped, last=at + args.micro_batch_size >= most)
             with mixed():
                 part, prefix, rollout, targets, confidence = region_loss(
-                    wrapped, teacher, batch, mask_id, tokenizer.stop_ids, tokenizer.end_id, args.targets == "soft")
+                    wrapped, teacher, batch, mask_id, tokenizer.stop_ids, tokenizer.end_id, args.targets == "soft",
+                    args.slot1_weight)
             part = part / max(1, slots) + args.prefix_loss * prefix / max(1, answers)
             (weight * part).backward()
             if weight:

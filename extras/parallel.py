@@ -12,6 +12,7 @@ pass, by DDP or FSDP. Evaluation inside training is the same on every rank (FSDP
 """
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,16 @@ def join(device):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def wait():
+    """Until all ranks have come here, for a day at most: one may have much longer answers to write than another.
+
+    Left to itself torch gives up after 10 minutes on CUDA, 30 on a CPU. Its patience is a group's, hence a new group; of
+    gloo, since files are waited for here and no GPU has a part in it.
+    """
+    if dist.is_initialized():
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
 
 
 def leave():

@@ -1,17 +1,18 @@
 """
 eval_gsm8k.py: lm-eval's scoring rules case by case, the statistics against hand-computed values, and whole runs on a tiny
-checkpoint, killed and resumed included.
+checkpoint, killed and resumed included, in one process and in two.
 """
 import json
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import train_briefly
+from conftest import ROOT, train_briefly
 
 import eval_gsm8k as evaluation
 from eval_gsm8k import extract_flexible, extract_strict, normalise, paired_interval, standard_error
@@ -158,6 +159,61 @@ def test_run_and_resume(tiny, trained, tmp_path, monkeypatch, capsys):
     assert [(row["strategy"], row["id"], row["tokens"]) for row in resumed] == [
         (row["strategy"], row["id"], row["tokens"]) for row in rows]
     assert len(calls) == 3 * len(names) - 5                 # of three batches a strategy, 3 + 2 were whole on disk
+
+
+def untimed(entry):
+    """A row, or a line of the table, without what the clock and the number of processes have a part in."""
+    timed = {"seconds", "prompt_seconds", "tokens_per_second", "tokens_per_second_decoding", "speed_up", "processes"}
+    return {key: value for key, value in entry.items() if key not in timed}
+
+
+def test_two_processes(tiny, trained, tmp_path, monkeypatch):
+    """Two gloo processes: the rows and the table of one. What a killed run of two left, one finishes, and the reverse."""
+    settings = ["--model", trained, "--baseline", tiny, "--data", "wordproblems", "--limit", 7, "--batch-size", 2,
+                "--max-new-tokens", 12, "--k", 1, 3, "--threshold", 0.6, "--lossless", "--device", "cpu", "--dtype", "fp32"]
+
+    def in_two(out, *flags):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                   ROOT / "eval_gsm8k.py", *settings, "--out", out, *flags]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("the first prompt:") == done.stdout.count("| static 1 |") == 1     # one of the two talks
+        assert {path.name for path in out.iterdir()} == {"rows.jsonl", "table.json", "table.md", "pareto.png"}
+
+    def read(out, processes):
+        """(lines of rows.jsonl, {strategy and question: row}, table) behind what must hold for any run."""
+        table = json.loads((out / "table.json").read_text())
+        lines = (out / "rows.jsonl").read_text().splitlines()
+        assert json.loads(lines[0]) == table["settings"] and len(lines) == 1 + 5 * 7
+        rows = {(row["strategy"], row["id"]): row for row in map(json.loads, lines[1:])}
+        assert len(rows) == 5 * 7                                                                   # none is there twice
+        assert {row["processes"] for row in rows.values()} == set(processes) and table["processes"] == processes
+        return lines, rows, table["table"]
+
+    def same(ours, theirs):
+        assert {key: untimed(row) for key, row in ours[1].items()} == {key: untimed(row) for key, row in theirs[1].items()}
+        assert [untimed(entry) for entry in ours[2]] == [untimed(entry) for entry in theirs[2]]
+
+    def left_by_killed(lines, out):
+        """9 rows, one cut short in which another process has written on, and 3 rows behind that."""
+        out.mkdir()
+        (out / "rows.jsonl").write_text("\n".join([*lines[:10], lines[10][:50] + lines[14], *lines[15:18]]) + "\n")
+        return out
+
+    evaluate(monkeypatch, *settings, "--out", tmp_path / "1")
+    one = read(tmp_path / "1", [1])
+    in_two(tmp_path / "2")
+    two = read(tmp_path / "2", [2])
+    same(two, one)
+    evaluate(monkeypatch, *settings, "--out", left_by_killed(two[0], tmp_path / "2-1"), "--resume")
+    same(read(tmp_path / "2-1", [1, 2]), one)
+    in_two(left_by_killed(one[0], tmp_path / "1-2"), "--resume")
+    resumed = read(tmp_path / "1-2", [1, 2])
+    same(resumed, one)
+    kept = {key: row for key, row in resumed[1].items() if row["processes"] == 1}                   # whole batches only
+    assert kept == {key: row for key, row in one[1].items() if key in kept}                         # and not asked again
+    assert list(kept) == [*(("start, k = 1", i) for i in range(7)), *((name, i) for name in ("static 1", "static 3")
+                                                                      for i in range(2))]
 
 
 def test_refusals(tiny, trained, tmp_path, monkeypatch):
