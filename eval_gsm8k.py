@@ -29,7 +29,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import WordProblems, read_hub, read_jsonl
@@ -128,11 +127,12 @@ def build_prompt(tokenizer, question, examples, style):
 # One batch of questions under one strategy
 
 @torch.inference_mode()
-def log_likelihood(model, prompt, tokens, mask_id=None):
-    """(sum of log p(token) in nats, is each token the most likely one?) for `tokens` behind `prompt`, one plain pass.
+def log_likelihoods(model, prompt, tokens, mask_id=None):
+    """For each of `tokens` behind `prompt`: log p(token), in nats, and whether it is the most likely one. One plain pass.
 
     prompt, tokens   lists of ids
     mask_id          id that is never a candidate, or None
+    returns two lists, of float and of bool
     """
     ids = torch.tensor([prompt + tokens], device=model.device)
     n = ids.shape[1]
@@ -142,8 +142,8 @@ def log_likelihood(model, prompt, tokens, mask_id=None):
     if mask_id is not None and mask_id < logits.shape[-1]:
         logits[..., mask_id] = -torch.inf
     targets = ids[0, len(prompt):]
-    log_p = -F.cross_entropy(logits, targets, reduction="sum").item()
-    return log_p, bool((logits.argmax(dim=-1) == targets).all())
+    log_p = logits.log_softmax(dim=-1).gather(-1, targets[:, None])[:, 0]
+    return log_p.tolist(), (logits.argmax(dim=-1) == targets).tolist()
 
 
 def score(result, tokenizer, gold, stops, task):
@@ -390,7 +390,7 @@ def main():
             batch = [{"id": at + i, "strategy": strategy_, "batch": at, "batch_rows": len(some), "processes": world,
                       **{key: value for key, value in asdict(result).items() if key != "confidences"},
                       **score(result, tokenizer, golds[at + i], stops, task), "gold": golds[at + i],
-                      "start_loss": start and -log_likelihood(start, some[i], result.tokens)[0]}
+                      "start_loss": start and -sum(log_likelihoods(start, some[i], result.tokens)[0])}
                      for i, result in enumerate(results)]
             file.write("".join(json.dumps(row) + "\n" for row in batch))
             file.flush()

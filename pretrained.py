@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,8 +62,10 @@ def run(main):
     try:
         main()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":                          # torchrun's other processes say nothing new
+        if os.environ.get("RANK", "0") == "0":
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        else:                                                           # torchrun's other processes say nothing new, and
+            time.sleep(3)                                               # wait: the first to end has all others killed
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

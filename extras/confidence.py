@@ -7,44 +7,27 @@ Is the student right when it is sure? Confidence of what it writes, against what
 Held-out questions are answered at a low threshold, so that tokens of little confidence are kept, too. The teacher, the
 start checkpoint, reads every answer in one pass and says of each token whether it is what it would have written there.
 
-    calibration   of the tokens that came with a confidence between 0.9 and 0.95, how many are the teacher's choice? Apart for
-                  slot 1, an ordinary next-token prediction, and for the slots behind it, where --threshold decides. A user
-                  of --threshold 0.9 gets the bins from 0.9 up
+    calibration   of the tokens that came with a confidence between 0.9 and 0.95, how many are the teacher's choice? Apart
+                  for slot 1, an ordinary next-token prediction, and for the slots behind it, where --threshold decides.
+                  A user of --threshold 0.9 gets the bins from 0.9 up
     quality       mean confidence of an answer against its mean loss under the teacher, one point per answer (the paper's
                   appendix on confidence and quality), and their correlation
 
 OUT/confidence.json holds both, and every token and answer; extras.figures draws it.
 """
-import argparse
 import json
 import math
 import statistics
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from eval_gsm8k import load_questions
+from eval_gsm8k import load_questions, log_likelihoods
 from model import DTYPES, machine, pick_device, pick_dtype
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, run, write_json
 from sample import default_model, generate, load
 
 EDGES = [0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0]
-
-
-@torch.inference_mode()
-def teachers_view(teacher, prompt, tokens, mask_id=None):
-    """For each of `tokens` behind `prompt`: is it the teacher's most likely token there, and its log p, nats: two lists."""
-    ids = torch.tensor([prompt + tokens], device=teacher.device)
-    n = ids.shape[1]
-    at = (torch.zeros(len(tokens), dtype=torch.long), torch.arange(len(prompt) - 1, n - 1))
-    logits = teacher(ids, torch.arange(n, device=ids.device)[None], torch.ones(n, n, dtype=torch.bool, device=ids.device).tril(),
-                     at=at).float()                                         # (tokens, V)
-    if mask_id is not None and mask_id < logits.shape[-1]:
-        logits[..., mask_id] = -torch.inf
-    said = ids[0, len(prompt):]
-    log_p = logits.log_softmax(dim=-1).gather(-1, said[:, None])[:, 0]
-    return (logits.argmax(dim=-1) == said).tolist(), log_p.tolist()
 
 
 def calibration(tokens):
@@ -112,7 +95,7 @@ def main():
         results = generate(student, prompts[at:at + args.batch_size], trained["k_max"], args.threshold, tokenizer.mask_id,
                            tokenizer.stop_ids, args.max_new_tokens)
         for question, (prompt, result) in enumerate(zip(prompts[at:], results), at):
-            agrees, log_p = teachers_view(teacher, prompt, result.tokens, tokenizer.mask_id)
+            log_p, agrees = log_likelihoods(teacher, prompt, result.tokens, tokenizer.mask_id)
             slots = [slot for size in result.chunks for slot in range(1, size + 1)]
             tokens += [{"question": question, "slot": slot, "confidence": confidence, "agrees": agree}
                        for slot, confidence, agree in zip(slots, result.confidences, agrees)]

@@ -63,6 +63,35 @@ def training_curves(log):
     return figure
 
 
+def confidence_plots(path):
+    """Left: is a token right as often as it is sure? Right: is an answer that is sure of itself also good?
+
+    path   confidence.json of extras.confidence
+    """
+    record = read_json(path)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
+    for (name, bins), colour, marker in zip(record["calibration"].items(), COLOURS, "os"):
+        left.errorbar([b["confidence"] for b in bins], [b["agrees"] for b in bins], [b["stderr"] for b in bins],
+                      color=colour, marker=marker, capsize=3, label=name)
+        for b in bins:
+            left.annotate(b["tokens"], (b["confidence"], b["agrees"]), xytext=(4, -10), textcoords="offset points",
+                          fontsize=7, color=colour)
+    left.set(xlabel="confidence of kept tokens (mean of the bin)", ylabel="share that is the teacher's choice",
+             title="calibration (numbers: tokens)")
+    left.legend(frameon=False)
+    answers = record["answers"]
+    points = right.scatter([a["confidence"] for a in answers], [a["loss"] for a in answers], s=14, alpha=0.7,
+                           c=[a["tokens_per_forward"] for a in answers], cmap="cividis")
+    figure.colorbar(points, ax=right, label="tokens per forward")
+    right.set(xlabel="mean confidence of an answer", ylabel="its mean loss under the teacher, nats per token",
+              title=f"{len(answers)} answers: r = {record['pearson']:.2f}, by rank {record['spearman']:.2f}")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 FIGURES = {
     "training-smollm2-gsm8k-k4.png": lambda: training_curves(RESULTS / "smollm2-gsm8k-k4" / "log.jsonl"),
     "pareto-tiny-k8.png": lambda: pareto_plot(read_json(RESULTS / "tiny-k8" / "table.json")["table"]),

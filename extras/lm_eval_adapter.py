@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 from tqdm import tqdm
 
-from eval_gsm8k import log_likelihood
+from eval_gsm8k import log_likelihoods
 from model import DTYPES, machine, pick_device, pick_dtype
 from pretrained import ArgumentParser, InputError, run, write_json
 from sample import default_model, generate, load, strategy, summary
@@ -94,7 +94,8 @@ class NanoMTP(TemplateLM):
         answers = []
         for texts, context, continuation in tqdm(requests, disable=disable_tqdm, unit="continuation"):
             room = max(1, self.context - len(continuation))
-            answers.append(log_likelihood(self.model, context[-room:], continuation, self.tokenizer.mask_id))
+            log_p, greedy = log_likelihoods(self.model, context[-room:], continuation, self.tokenizer.mask_id)
+            answers.append((sum(log_p), all(greedy)))
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers

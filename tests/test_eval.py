@@ -92,20 +92,20 @@ def test_prompt_formats(tiny):
     assert evaluation.build_prompt(tokenizer, "2?", [], "plain") == tokenizer.prompt("2?", "plain")
 
 
-def test_log_likelihood(tiny):
+def test_log_likelihoods(tiny):
     """Against cross-entropy token by token, each behind its own prefix."""
     model, prompt, tokens = Transformer.from_pretrained(tiny), [5, 6, 7], [20, 30, 2]
-    total = 0.0
+    expected = []
     for i, token in enumerate(tokens):
         ids = prompt + tokens[:i]
         n = len(ids)
         logits = model(torch.tensor([ids]), torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril())[0, -1]
-        total += F.cross_entropy(logits, torch.tensor(token)).item()
-    log_p, greedy = evaluation.log_likelihood(model, prompt, tokens)
-    assert log_p == pytest.approx(-total, rel=1e-4) and not greedy
+        expected.append(-F.cross_entropy(logits, torch.tensor(token)).item())
+    log_p, greedy = evaluation.log_likelihoods(model, prompt, tokens)
+    assert log_p == pytest.approx(expected, rel=1e-4) and not any(greedy)
     best = generate(model, [prompt], 1, max_new_tokens=4)[0].tokens
-    assert evaluation.log_likelihood(model, prompt, best)[1]
-    assert not evaluation.log_likelihood(model, prompt, best, mask_id=best[-1])[1]
+    assert evaluation.log_likelihoods(model, prompt, best)[1] == [True] * 4
+    assert evaluation.log_likelihoods(model, prompt, best, mask_id=best[-1])[1][-1] is False
 
 
 # --- whole runs
