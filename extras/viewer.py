@@ -15,7 +15,6 @@ the page can be linked to: viewer.html#prompt=1&pass=3&run=2&token=5 (each count
 
 Shapes: P passes, L fed tokens, V vocabulary.
 """
-import argparse
 import codecs
 import itertools
 import json
@@ -35,7 +34,7 @@ TEMPLATE = Path(__file__).with_name("viewer.html")
 
 @torch.inference_mode()
 def passes_of(model, prompt, result, k, mask_id, top=5, at_once=32):
-    """What each pass of a finished answer predicted: for every pass k slots, of each the `top` most likely (id, probability).
+    """What each pass of a finished answer predicted: of each of its k slots the `top` most likely (id, probability).
 
     prompt, result   the ids that `generate` was given, and the Generation that it returned (not of lossless mode)
     at_once          passes to replay in one forward pass, which bounds the memory for the logits
@@ -122,7 +121,7 @@ def main():
     device = pick_device(args.device)
     model, tokenizer, trained = load(args.model, device, pick_dtype(args.dtype, device), args.cache)
     if not trained:
-        print("note: this model has not been trained for several tokens per pass, so there is nothing beside k = 1 (train.py)")
+        print("note: this model has not been trained for several tokens per pass, so k = 1 stands alone (train.py)")
     k, threshold = strategy(args.k, args.threshold, trained.get("k_max", 1))
     style = args.prompt_format or trained.get("prompt_format") or ("chat" if tokenizer.chat else "plain")
     questions = args.prompt or [WordProblems(args.seed, split="validation")[0]["question"]]
@@ -138,9 +137,9 @@ def main():
         for entry, prompt, result, reference in zip(entries, prompts, results, plain):
             passes = replay(tokenizer, result, passes_of(model, prompt, result, k, tokenizer.mask_id))
             others += sum(slot["rank"] != 1 for one in passes for slot in one["slots"])
-            shared = shared_prefix(result.tokens, reference.tokens)
-            note = "plain greedy decoding" if k == 1 else "the same text as k = 1" if result.tokens == reference.tokens else (
-                f"parts from k = 1 at token {shared + 1}")
+            note = f"parts from k = 1 at token {shared_prefix(result.tokens, reference.tokens) + 1}"
+            if result.tokens == reference.tokens:
+                note = "plain greedy decoding" if k == 1 else "the same text as k = 1"
             entry["runs"].append({"name": name, "note": note, "k": k, "threshold": threshold, "passes": passes})
         tokens, count = sum(len(r.tokens) for r in results), sum(r.passes for r in results)
         print(f"{name}: {tokens} tokens in {count} passes, {tokens / count:.2f} tokens per forward")

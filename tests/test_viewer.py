@@ -1,0 +1,417 @@
+"""
+The page to play with. Its numbers: what the replay finds in each pass against what decoding emitted, and against one plain
+forward pass for each of them. Its text: whatever a prompt spells stays text. And the page in a browser, where one is
+installed: Chromium, moved by its own debugging protocol over two pipes, so that keys and mouse are those of a user.
+"""
+import base64
+import fcntl
+import itertools
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import train_briefly
+from test_cli import assert_refused, cli, everything_under
+
+from extras import viewer
+from sample import accept, chunks_of, generate, load
+
+ATTACK = ("</script><script>document.title = 'owned'</script><img src=x onerror='document.title = 1'> "
+          "<!-- {{DATA}} & \u2028 \U0001f600")
+QUESTION = "A farmer has 12 cows and buys 5 more. How many cows does she have?"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint with k_max = 3, two steps away from the tiny model: slot 1 answers well, the masks guess."""
+    return train_briefly(tmp_path_factory.mktemp("trained") / "out", "--k", 3, "--lr", 1e-4)
+
+
+@pytest.fixture(scope="module")
+def written(trained, tmp_path_factory):
+    """(the page, its data) for two prompts at a threshold that keeps some guesses and drops others."""
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    result = cli(viewer, QUESTION, ATTACK, "--model", trained, "--threshold", 0.9, "--max-new-tokens", 24, "--out", out)
+    assert result.code == 0 and f"{out}: open it" in result.out, result
+    return out, embedded(out)
+
+
+def embedded(out):
+    """The data of a page."""
+    return json.loads(re.search(r'type="application/json">(.*?)</script>', out.read_text(encoding="utf-8"), re.DOTALL)[1])
+
+
+# --- the replay
+
+@torch.inference_mode()
+def plain_pass(model, ids, k, mask_id):
+    """The slow reference: the text and k - 1 masks in one ordinary causal pass. (k, V) probabilities."""
+    fed = torch.tensor([ids + [mask_id] * (k - 1)])
+    n = fed.shape[1]
+    logits = model(fed, torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril())[0, -k:].float()
+    logits[:, mask_id] = -torch.inf
+    return logits.softmax(dim=-1)
+
+
+@pytest.mark.parametrize("k, threshold", [(1, None), (2, None), (3, None), (3, 0.9)])
+def test_replay_is_what_decoding_saw(k, threshold, trained):
+    """Kept tokens, their confidences, and that the first one dropped was not confident enough, are all in the replay."""
+    model, tokenizer, _ = load(trained, "cpu", torch.float32)
+    prompts = [tokenizer.prompt(question, "plain") for question in (QUESTION, "How many?")]
+    results = generate(model, prompts, k, threshold, tokenizer.mask_id, tokenizer.stop_ids, 40)
+    dropped = 0
+    for prompt, result in zip(prompts, results):
+        passes = viewer.passes_of(model, prompt, result, k, tokenizer.mask_id, at_once=7)
+        assert len(passes) == result.passes and all(len(slots) == k for slots in passes)
+        confidences = iter(result.confidences)
+        for n, (chunk, slots) in enumerate(zip(chunks_of(result), passes)):
+            for token, best in zip(chunk, slots):
+                assert token == best[0][0] or best[0][1] - dict(best)[token] < 1e-4             # a near-tie
+                assert dict(best)[token] == pytest.approx(next(confidences), abs=1e-4)
+                assert [p for _, p in best] == sorted((p for _, p in best), reverse=True) and len(best) == 5
+            if n < result.passes - 1:                                                           # the last one may be cut
+                sure = torch.tensor([[best[0][1] for best in slots]])
+                assert accept(sure, threshold).tolist() == [len(chunk)]
+                dropped += k - len(chunk)
+    assert (dropped > 0) == (threshold is not None)
+
+
+def test_replay_is_a_plain_pass(trained):
+    """One forward pass over all regions gives what one causal pass for each gives."""
+    model, tokenizer, _ = load(trained, "cpu", torch.float32)
+    prompt = tokenizer.prompt(QUESTION, "plain")
+    result, = generate(model, [prompt], 3, 0.9, tokenizer.mask_id, tokenizer.stop_ids, 12)
+    ends = itertools.accumulate(result.chunks, initial=0)
+    for end, slots in zip(ends, viewer.passes_of(model, prompt, result, 3, tokenizer.mask_id)):
+        slow = plain_pass(model, prompt + result.tokens[:end], 3, tokenizer.mask_id)
+        for p, best in zip(slow, slots):
+            assert [q for _, q in best] == pytest.approx(p.topk(5).values.tolist(), abs=1e-5)
+            assert [p[i].item() for i, _ in best] == pytest.approx([q for _, q in best], abs=1e-5)
+
+
+def test_replay_bidirectional(trained):
+    """Where masks see each other decoding and replay agree as well, and on other numbers."""
+    model, tokenizer, _ = load(trained, "cpu", torch.float32)
+    prompt, passes = tokenizer.prompt(QUESTION, "plain"), []
+    for bidirectional in (False, True):
+        model.config.raw["nanomtp"]["bidirectional"] = bidirectional
+        result, = generate(model, [prompt], 3, None, tokenizer.mask_id, (), 9)
+        passes.append(viewer.passes_of(model, prompt, result, 3, tokenizer.mask_id))
+        assert [best[0][1] for slots in passes[-1] for best in slots] == pytest.approx(result.confidences, abs=1e-4)
+    first, second = passes[0][0], passes[1][0]
+    assert first[0] == second[0] and first[1] != second[1]      # slot 1 stands on text; mask 1 now sees mask 2
+
+
+# --- the file
+
+def test_page_holds_every_token(trained, written):
+    """Both runs of both prompts: text, chunks, confidences."""
+    _, data = written
+    model, tokenizer, _ = load(trained, "cpu", torch.float32)
+    assert [entry["text"] for entry in data["prompts"]] == [QUESTION, ATTACK] and data["model"] == "out"
+    for entry in data["prompts"]:
+        prompt = tokenizer.prompt(entry["text"], "plain")
+        assert [(run["name"], run["k"], run["threshold"]) for run in entry["runs"]] == [("k = 1", 1, None),
+                                                                                        ("adaptive 0.9", 3, 0.9)]
+        for run in entry["runs"]:
+            result, = generate(model, [prompt], run["k"], run["threshold"], tokenizer.mask_id, tokenizer.stop_ids, 24)
+            assert [one["kept"] for one in run["passes"]] == result.chunks
+            kept = [slot for one in run["passes"] for slot in one["slots"][:one["kept"]]]
+            assert [slot["p"] for slot in kept] == pytest.approx(result.confidences, abs=1e-4)
+            assert [slot["name"] for slot in kept] == [viewer.spell(tokenizer, token) for token in result.tokens]
+            assert all(slot["name"] == slot["top"][slot["rank"] - 1][0] for one in run["passes"] for slot in one["slots"])
+            assert all(len(one["slots"]) == run["k"] for one in run["passes"])
+    assert [run["note"] for run in data["prompts"][0]["runs"]][0] == "plain greedy decoding"
+
+
+def test_texts(trained):
+    """Joined they are the text, but for control tokens, which are named, and the places where characters are cut."""
+    tokenizer = load(trained, "cpu", torch.float32)[1]
+    ids = tokenizer.encode("caf\u00e9 \U0001f600\n") + [tokenizer.end_id]
+    added = viewer.texts(tokenizer, ids)
+    assert "".join(added).replace("\u2026", "") == "caf\u00e9 \U0001f600\n<|im_end|>" and len(added) == len(ids)
+    assert added.count("\u2026") == sum("\\x" in viewer.spell(tokenizer, i) for i in ids) - 2        # two characters cut
+    assert viewer.texts(tokenizer, ids[:-3])[-1] == "\ufffd"                                         # the end of the answer
+    assert viewer.spell(tokenizer, 10 ** 6) == "id 1000000"
+    assert viewer.spell(tokenizer, tokenizer.encode("\x1b")[0]) == "?"
+
+
+def test_page_needs_nothing_and_runs_nothing(written):
+    """No address to fetch from, and no element that a prompt has opened."""
+    html = written[0].read_text(encoding="utf-8")
+    empty = viewer.TEMPLATE.read_text(encoding="utf-8")
+    assert html.count("<") == empty.count("<") and html.count("{{DATA}}") == 1          # the one in the prompt
+    assert not re.search(r"https?:|//[a-z]|\bsrc=|url\(|@import|innerHTML|insertAdjacent|document\.write", empty)
+    assert "default-src 'none'" in empty
+
+
+def test_static_and_plain(trained, tiny, tmp_path):
+    """--k alone is static; with k = 1, asked for or all that a model can do, there is one column."""
+    flags = ("--max-new-tokens", 5, "--out", tmp_path / "a.html")
+    names = []
+    for more in (("--model", trained, "--k", 2), ("--model", trained, "--k", 1), ("--model", tiny, "--threshold", 0.5)):
+        result = cli(viewer, *flags, *more)
+        assert result.code == 0 and ("has not been trained" in result.out) == (more[1] == tiny)
+        names.append([run["name"] for run in embedded(tmp_path / "a.html")["prompts"][0]["runs"]])
+    assert names == [["k = 1", "static 2"], ["k = 1"], ["k = 1"]]
+    assert os.listdir(tmp_path) == ["a.html"]                                           # no temporary file stays
+
+
+FLAGS = "help prompt-format seed k threshold max-new-tokens model out cache device dtype"
+
+
+def test_help_names_every_flag():
+    result = cli(viewer, "--help")
+    heads = re.findall(r"^  ((?:-h, )?--.*?)(?:  +.*)?$", result.out, re.MULTILINE)
+    assert {flag for head in heads for flag in re.findall(r"--([a-z-]+)", head)} == set(FLAGS.split())
+    assert "python -m extras.viewer" in result.out
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--nosuch"], "--nosuch"), (["--k", "4"], "1 to 3"), (["--k", "0"], "--k 0"),
+    (["--threshold", "nan"], "--threshold nan"), (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+    (["--model", "nosuch"], "'nosuch'"), (["--device", "nosuch"], "'nosuch'"), (["--dtype", "fp8"], "fp8"),
+    (["--prompt-format", "jinja"], "jinja"), (["--out", "{tmp}"], "it is a folder"),
+    (["--out", "{tmp}/no/a.html"], "no folder {tmp}/no"),
+    (["word " * 600], "does not fit the model's context of 512 tokens")], ids=lambda value: str(value)[:30])
+def test_refusals(flags, message, trained, tmp_path):
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    assert_refused(cli(viewer, "--model", trained, "--out", tmp_path / "a.html", *flags), message.format(tmp=tmp_path))
+    assert not everything_under(tmp_path)
+
+
+# --- in a browser
+
+class Browser:
+    """A headless Chromium that reads commands of the DevTools protocol from descriptor 3 and answers on 4."""
+
+    def __init__(self, program, profile):
+        inward, self.commands = os.pipe()
+        self.answers, outward = os.pipe()
+        theirs = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (inward, outward)]    # clear of 3 and 4
+        self.process = subprocess.Popen(
+            ["bash", "-c", f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]}', "bash", program, "--headless", "--no-sandbox",
+             "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe",
+             f"--user-data-dir={profile}", "about:blank"],
+            pass_fds=theirs, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for descriptor in (inward, outward, *theirs):
+            os.close(descriptor)
+        self.buffer, self.number, self.session, self.events = b"", itertools.count(1), {}, []
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Network"):
+            self(f"{domain}.enable")
+
+    def __call__(self, method, **parameters):
+        """Send a command and wait for its answer; what happens meanwhile is kept in `events`."""
+        number = next(self.number)
+        message = {"id": number, "method": method, "params": parameters, **self.session}
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        deadline = time.monotonic() + 120
+        while True:
+            while b"\0" not in self.buffer:
+                ready, _, _ = select.select([self.answers], [], [], max(0, deadline - time.monotonic()))
+                more = os.read(self.answers, 2 ** 20) if ready else b""
+                if not more:
+                    self.process.kill()
+                    raise ConnectionError("it died" if ready else "it does not answer")
+                self.buffer += more
+            line, self.buffer = self.buffer.split(b"\0", 1)
+            reply = json.loads(line)
+            if reply.get("id") == number:
+                assert "error" not in reply, reply
+                return reply["result"]
+            self.events.append(reply)
+
+    def js(self, expression):
+        """The value of an expression in the page."""
+        reply = self("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
+
+    def open(self, address):
+        self("Page.navigate", url="about:blank")                    # or a changed fragment would not load the page anew
+        self("Page.navigate", url=address)
+        self.until("location.href.startsWith('file') && document.readyState === 'complete'")
+
+    def until(self, condition):
+        deadline = time.monotonic() + 60
+        while not self.js(condition):
+            assert time.monotonic() < deadline, condition
+            time.sleep(0.05)
+
+    def press(self, key, code):
+        for kind in ("rawKeyDown", "keyUp"):
+            self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+    def mouse(self, x, y, *kinds):
+        for kind in kinds:
+            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, **({} if kind == "mouseMoved" else
+                                                                     {"button": "left", "clickCount": 1}))
+
+    def screen(self, width, height, scheme="light"):
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def screenshot(self, path):
+        """For people: no test looks at it."""
+        path.write_bytes(base64.b64decode(self("Page.captureScreenshot")["data"]))
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(60)
+        os.close(self.commands)
+        os.close(self.answers)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f"no browser: none of {', '.join(names)} is installed")
+    try:
+        started = Browser(program, tmp_path_factory.mktemp("profile"))
+    except (OSError, ConnectionError) as error:                     # such as the stub of a package that cannot run here
+        pytest.skip(f"{program} is installed and does not start: {error}")
+    yield started
+    started.close()
+
+
+SHOWN = """[...document.querySelectorAll('section')].map(column => [...column.querySelectorAll('.token')]
+             .filter(token => token.checkVisibility({visibilityProperty: true}))
+             .map(token => [token.closest('.drafts') !== null, token.info.slot.name]))"""
+
+
+def expected(run, passes):
+    """What a column should show after so many passes: [is it a draft, name] of each token."""
+    tokens = [[False, slot["name"]] for one in run["passes"][:passes] for slot in one["slots"][:one["kept"]]]
+    current = run["passes"][passes - 1] if 0 < passes <= len(run["passes"]) else {"slots": [], "kept": 0}
+    return tokens + [[True, slot["name"]] for slot in current["slots"][current["kept"]:]]
+
+
+def test_page_replays(browser, written):
+    """The address, the slider's arrow keys and the buttons decide what both columns show, and what the counters say."""
+    out, data = written
+    runs = data["prompts"][0]["runs"]
+    last, first_done = (len(run["passes"]) for run in runs)
+    assert first_done < last
+    browser.screen(1200, 900)
+    browser.open(f"{out.as_uri()}#pass=3")
+    assert browser.js("document.querySelector('#prompt').textContent") == QUESTION
+    assert browser.js(SHOWN) == [expected(run, 3) for run in runs]
+    assert any(draft for draft, _ in expected(runs[1], 3))                              # or there was little to see
+    browser.js("document.querySelector('#slider').focus()")
+    browser.press("ArrowRight", 39)
+    assert browser.js(SHOWN) == [expected(run, 4) for run in runs]
+    browser.press("Home", 36)
+    assert browser.js(SHOWN) == [[], []]
+    browser.js("document.querySelector('#next').click()")
+    assert browser.js(SHOWN) == [expected(run, 1) for run in runs]
+    browser.js("document.querySelector('#play').click()")                               # until the right column is done
+    browser.until(f"document.querySelector('#slider').valueAsNumber >= {first_done}")
+    browser.js("document.querySelector('#play').click()")
+    at = browser.js("document.querySelector('#slider').valueAsNumber")
+    assert browser.js(SHOWN) == [expected(run, at) for run in runs]
+    counters = browser.js("[...document.querySelectorAll('.race output')].map(o => o.textContent)")
+    tokens = sum(one["kept"] for one in runs[1]["passes"])
+    assert counters[1] == f"{tokens} tokens / {first_done} passes = {tokens / first_done:.2f} per forward \u2714 done"
+    assert ("done" in counters[0]) == (at == last) and counters[0].startswith(f"{at} tokens / {at} passes = 1.00")
+    browser.open(out.as_uri())                                                          # without an address: all of it
+    assert browser.js(SHOWN) == [expected(run, last) for run in runs]
+    chunk = "getComputedStyle(document.querySelectorAll('section:last-child .chunk')[{}])"
+    colours = {browser.js(f"{chunk.format(i)}.backgroundColor") for i in (0, 1)}
+    assert len(colours) == 2 and browser.js(f"{chunk.format(0)}.borderTopWidth") == "1px"
+
+
+def test_page_tells_a_tokens_story(browser, written):
+    """Mouse, keyboard and address lead to the same: confidence, rank, slot, pass, and the alternatives."""
+    out, data = written
+    run = data["prompts"][0]["runs"][1]
+    slots = [(n, j, slot) for n, one in enumerate(run["passes"]) for j, slot in enumerate(one["slots"][:one["kept"]])]
+
+    def facts():
+        return browser.js("document.querySelector('#details').textContent")
+
+    def check(index):
+        n, j, slot = slots[index]
+        text = facts()
+        assert f"confidence {slot['p']:.3f}, rank {slot['rank']}" in text
+        assert f"pass {n + 1}, slot {j + 1} of 3; token {index + 1} of the answer" in text
+        assert browser.js("[...document.querySelectorAll('#top li')].map(l => l.lastChild.textContent)") == [
+            f"{p:.3f}" for _, p in slot["top"]]
+
+    browser.open(f"{out.as_uri()}#run=2&token=5")
+    check(4)
+    x, y = browser.js("(b => [b.x + b.width / 2, b.y + b.height / 2])(runs[1].tokens[7].element.getBoundingClientRect())")
+    browser.mouse(x, y, "mouseMoved")
+    check(7)
+    browser.mouse(0, 0, "mouseMoved")
+    check(7)                                                                            # it stays for reading
+    browser.js("runs[1].tokens[0].element.focus()")
+    check(0)
+    browser.press("Tab", 9)
+    check(1)
+    assert browser.js("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    browser.until("location.hash === `#prompt=1&pass=${last}&run=2&token=2`")           # the address follows
+    browser.js("location.hash = '#pass=3'")
+    browser.until("pass === 3")
+    browser.js("document.querySelector('.drafts:not([hidden]) .token').focus()")
+    assert "not kept: below the threshold 0.9" in facts()
+
+
+def test_page_keeps_text_text(browser, written):
+    """The hostile prompt is shown letter by letter, no element of it came to be, nothing went wrong, nothing was fetched."""
+    browser.events.clear()
+    browser.open(f"{written[0].as_uri()}#prompt=2")
+    assert browser.js("document.querySelector('#prompt').textContent") == ATTACK
+    assert browser.js("document.title") == "nanoMTP: out"
+    assert browser.js("document.querySelectorAll('img').length") == 0
+    assert browser.js("document.querySelectorAll('script').length") == 2
+    happened = {event["method"]: event["params"] for event in browser.events}
+    assert "Runtime.exceptionThrown" not in happened
+    fetched = {event["params"]["request"]["url"].split(":")[0] for event in browser.events
+               if event["method"] == "Network.requestWillBeSent"}
+    assert fetched <= {"file", "about", "data"}
+
+
+def test_page_draws_white_space(browser, tmp_path):
+    """A line break can be pointed at, breaks the line and ends its box; text of a model stays text, too."""
+    tokens = ["a", "\n", "b", "<i>c</i>\n\n", " ", "d\ne", "\n", "f"]
+    slots = [{"text": text, "name": text, "p": 0.5, "rank": 1, "top": [[text, 0.5]]} for text in tokens]
+    passes = [{"kept": 3, "slots": slots[:3]}, {"kept": 1, "slots": slots[3:5]}, {"kept": 2, "slots": slots[5:]}]
+    run = {"name": "x", "note": "", "k": 3, "threshold": 0.5, "passes": passes}
+    out = tmp_path / "page.html"
+    out.write_text(viewer.page({"model": "<b>", "prompts": [{"text": "", "runs": [run]}]}), encoding="utf-8")
+    browser.screen(1200, 900)
+    browser.open(f"{out.as_uri()}#pass=2")
+    assert browser.js("runs[0].tokens.map(({element}) => element.textContent)") == [
+        "a", "\u21b5", "b", "<i>c</i>\u21b5\n\u21b5", "d\u21b5\ne", "\u21b5"]
+    assert browser.js("document.querySelector('.answer').textContent") == (
+        "a\u21b5\nb<i>c</i>\u21b5\n\u21b5\n\u2423 0.50d\u21b5\ne\u21b5\nf 0.50")
+    tops = browser.js("runs[0].tokens.map(({element}) => [...element.getClientRects()].map(box => Math.round(box.top)))")
+    assert tops[0] == tops[1] and tops[2][0] > tops[1][0] and tops[2][0] == tops[3][0] < tops[3][1]
+    assert all(browser.js("runs[0].tokens.map(({element}) => element.getBoundingClientRect().width > 2)"))
+    for at, why in ((2, "below the threshold 0.5"), (3, "behind the end of the answer")):
+        browser.js(f"show({at}); document.querySelector('.drafts:not([hidden]) .token').click()")
+        assert why in browser.js("document.querySelector('#details').textContent")
+
+
+def test_page_on_a_phone_and_in_the_dark(browser, written):
+    """360 px: nothing sticks out, columns stack. Dark: light letters on a dark page, black ones on every chunk."""
+    boxes = "[...document.querySelectorAll('section')].map(s => s.getBoundingClientRect()).map(b => [b.left, b.top])"
+    colour = "getComputedStyle(document.querySelector('{}')).{}"
+    for width, scheme, page in ((360, "light", "rgb(255, 255, 255)"), (1200, "dark", "rgb(22, 24, 28)")):
+        browser.screen(width, 740, scheme)
+        browser.open(f"{written[0].as_uri()}#prompt=2&pass=3&run=2&token=2")
+        assert browser.js("document.documentElement.scrollWidth") <= width
+        (left, top), (right, below) = browser.js(boxes)
+        assert (left == right and top < below) if width == 360 else (left < right and top == below)
+        assert browser.js(colour.format("body", "backgroundColor")) == page
+        assert browser.js(colour.format(".chunk .token", "color")) == "rgb(0, 0, 0)"
