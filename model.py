@@ -193,6 +193,8 @@ class Attention(nn.Module):
         else:                                                               # old and new keys: (B, G, S, D)
             k, v = cache.write(layer, slots, k.transpose(1, 2), v, span=mask.shape[-1])
             k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if q.is_cuda:               # no fused CUDA kernel takes a mask and grouped heads at once (torch 2.13): repeat them
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         # Always an explicit mask: is_causal=True would be aligned to the top left, wrong behind a non-empty cache.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)     # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))             # (B, T, C)

@@ -76,16 +76,16 @@ def shard(model, dtype):
 
 
 def replicate(model, device):
-    """DDP: a wrapper whose backward pass averages the gradients over ranks."""
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    """DDP: a wrapper whose backward pass averages the gradients over ranks. The view spares a second copy of them."""
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)
 
 
 def average_when(model, last):
-    """Gradients of several passes add up: talk to the other ranks in the `last` one only."""
+    """Gradients of several passes add up: DDP talks to the other ranks in the `last` one only. FSDP does after each pass, as
+    otherwise every rank would hold gradients of the whole model."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = last
-    elif hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last)
 
 
 def total(tensor):

@@ -1,22 +1,25 @@
 """
-How much memory does training take? An estimate of train.py's peak, component by component; nothing is loaded for it.
+How much memory does training take? An estimate of train.py's peak, component by component; no weights are loaded for it.
 
-    python -m extras.plan --preset smollm2 --memory 8               # flags, presets and defaults are those of train.py
+    python -m extras.plan --preset smollm2                          # flags, presets and defaults are those of train.py
     python -m extras.plan --preset paper --model Qwen/Qwen3-0.6B --dtype bf16 --memory 24 80        # which GPU will do?
     python -m extras.plan --preset paper --dtype bf16 --gpus 4 --fsdp --memory 80
     python -m extras.plan --model tiny --measure --out plan.json    # beside it: the peak of real steps on this machine
 
 Give it the flags that train.py will get (python train.py --help); what counts is --preset --model --k --stride --targets
---prefix-loss --slot1-weight --batch-size --micro-batch-size --seq-len --dtype. Planned is the longest pass: k = --k, texts
-of --seq-len tokens, the first --prompt-tokens of them prompt, then an answer with an anchor at every --stride-th token.
-Of several GPUs the table is about one. Not counted: evaluation, --compile, the CUDA context, fragmentation; a tenth of
---memory is left for them. Held against measurements on a CPU; of CUDA, DDP and FSDP it says what torch's source says.
+--prefix-loss --slot1-weight --batch-size --micro-batch-size --seq-len --dtype (auto: what this machine would choose).
+Planned is the longest pass: k = --k, texts of --seq-len tokens, of which the first --prompt-tokens are the prompt and the
+others an answer with an anchor at every --stride-th token. Of several GPUs the table is about one. It counts tensors, at
+the moment when there are most. On top come the CUDA context and fragmentation or, on a CPU, the holes of glibc's heap
+(--measure shows by how much the process grew); evaluation and --compile are left out. Held against measurements on a CPU.
+What it says of CUDA, DDP and FSDP follows torch's source and is not measured.
 
 Shapes: B sequences of a pass, R regions of a sequence, L fed tokens of a sequence, M slots of a pass, V vocabulary, C hidden
-size, I hidden size of the MLP, H query heads, G key/value heads, D head size. 1 GB is 10^9 bytes.
+size, H query heads, G key/value heads, D head size; P parameters. 1 GB is 10^9 bytes.
 """
 import argparse
 import concurrent.futures
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -24,6 +27,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
 from model import DTYPES, Config, Transformer, keep_freed_memory, machine, peak_memory, pick_device, pick_dtype
@@ -101,7 +105,7 @@ def kept(c, L, a, w, attention):
 def estimate(args, c, counts, micro):
     """The peak as a list of (bytes, what, arithmetic): the sum is the estimate. `counts`: see count_parameters."""
     (P, matrices, block), (B, passes, _, L, M, prefix) = counts, shapes(args, micro)
-    V, C, H, D, tokens = c.vocab_size, c.hidden_size, c.num_attention_heads, c.head_dim, B * L
+    V, C, H, D, layers, tokens = c.vocab_size, c.hidden_size, c.num_attention_heads, c.head_dim, c.num_hidden_layers, B * L
     a = DTYPES[args.dtype].itemsize
     w, share, over = (a, args.gpus, f" / {args.gpus} GPUs") if args.fsdp else (4, 1, "")
     autocast, teachers = w != a, 0 if args.targets == "ground-truth" else 1
@@ -113,40 +117,36 @@ def estimate(args, c, counts, micro):
         roots = V * C * (1 if c.tie_word_embeddings else 2) * (1 + teachers)
         held += [(a * roots + (3 * a + 4) * block, "FSDP: what is gathered for now",
                   f"{a} B * {roots:,} + {3 * a + 4} B * {block:,}")]
-    elif args.gpus > 1:
-        held += [(4 * P, "DDP: gradients on their way", f"4 B * {P:,}")]
 
-    # --- The last pass of a step before its backward pass. Gradients of earlier passes are there, and FSDP, too, has them
-    # whole: it shares them out in the last pass only (parallel.average_when)
-    forward = [(4 * P, "gradients of the passes before, fp32", f"4 B * {P:,}")] if passes > 1 else []
+    # --- The last pass of a step, before it goes backward: gradients of earlier passes are there
+    forward = [(4 * P / share, "gradients of the passes before, fp32", f"4 B * {P:,}{over}")] if passes > 1 else []
     for size, what in zip(kept(c, L, a, w, args.attention), ("norms", f"attention, {args.attention}", "MLP")):
-        forward += [(tokens * c.num_hidden_layers * size, f"kept for the backward pass: {what}",
-                     f"{tokens:,} tokens * {c.num_hidden_layers} layers * {size:,} B")]
+        forward += [(tokens * layers * size, f"kept to go backward: {what}",
+                     f"{tokens:,} tokens * {layers} layers * {size:,} B")]
     if autocast:
         forward += [(a * matrices, "autocast: bf16 copies of the matrices", f"{a} B * {matrices:,}")]
-    slots = 4 * 4 * C * (M + prefix)                                        # two norms' worth, the loss's input and gradient
-    forward += [(slots, "hidden states at the slots", f"{M + prefix:,} slots * 16 B * {C:,}"),
-                (tokens * (2 * w * D + (1 + w) * L), "rotations and masks", f"{tokens:,} tokens * {2 * w * D + (1 + w) * L:,} B")]
+    slots, each = M + prefix, 2 * w * D + (1 + w) * L                       # cos and sin; the mask as bool and as numbers
+    forward += [(16 * C * slots, "hidden states at the slots", f"{slots:,} slots * 4 * 4 B * {C:,}"),
+                (tokens * each, "rotations and masks", f"{tokens:,} tokens * {each:,} B")]
 
-    # The moments of the pass: the worst counts. Logits exist for CHUNK slots at a time, but the last portion's live until
-    # the next one's are complete (m and m2 slots); logsumexp works on a copy, and bf16 logits become fp32.
+    # Then come three moments, the worst of which counts. Logits: CHUNK slots have theirs at a time, but a portion's live
+    # until the next one's are complete (m and m2 slots), logsumexp works on a copy, and bf16 logits become fp32.
     m, m2 = min(train.CHUNK, M), max(0, min(train.CHUNK, M - train.CHUNK))
     logits = V * max(8 * m, 4 * m + (4 if a == 4 else 6) * m2)
     copy = 2 * V * C if autocast else 0                                     # of the head, until the forward pass ends
-    # hard_loss computes the head's gradient in the forward pass already; in the backward pass autograd adds as many zeros
-    # for an output of it that nobody uses
-    losses = 1 + (args.slot1_weight != 1) + (prefix > 0)
-    at_work = max(a * (4 * c.intermediate_size + 3 * C), 12 * H * (L + D) if args.attention == "math" else 0)
-    moments = [(logits + copy, "at worst: logits", f"{logits / V / m:.1f} B * {m:,} slots * {V:,} + {copy:,}"),
-               (4 * (losses + 1) * V * C, "at worst: gradients of the head", f"{4 * (losses + 1)} B * {V:,} * {C:,}"),
-               (tokens * at_work + copy, "at worst: a block of the teacher", f"{tokens:,} tokens * {at_work:,} B + {copy:,}")]
     if args.targets == "soft":
-        moments += [(12 * m * V + 4 * losses * V * C + copy, "at worst: both distributions", f"12 B * {m:,} slots * {V:,} + ...")]
-    forward += [max(moments)]
+        logits = 12 * V * m + 4 * V * C                                     # p_T, log p_S and what they come from
+    # The head: hard_loss has its gradient ready in the forward pass; going backward, autograd adds as many zeros for an
+    # output of it that nobody uses. A block: inside the teacher's MLP or, without a fused kernel, at its attention scores.
+    losses = 1 + (args.slot1_weight != 1) + (prefix > 0)
+    work = max(a * (4 * c.intermediate_size + 3 * C), 12 * H * (L + D) if args.attention == "math" else 0)
+    forward += [max((logits + copy, "worst moment: logits", f"{logits / V / m:.1f} B * {m:,} slots * {V:,} + {copy:,} B"),
+                    (4 * (losses + 1) * V * C, "worst moment: the head's gradient", f"{losses + 1} * 4 B * {V:,} * {C:,}"),
+                    (tokens * work + copy, "worst moment: a block", f"{tokens:,} tokens * {work:,} B + {copy:,} B"))]
 
-    # --- Or else the end of the backward pass. A tied embedding is at once input and head: two gradients are added up
+    # --- Or else its end. A tied embedding is input and head at once: two gradients are added up
     twice = V * C if c.tie_word_embeddings else 0
-    backward = [(4 * (P + twice), "gradients, fp32", f"4 B * ({P:,} + {twice:,})")]
+    backward = [(4 * (P + twice) / share, "gradients, fp32", f"4 B * ({P:,} + {twice:,}){over}")]
     return held + max(forward, backward, key=total)
 
 
@@ -169,7 +169,8 @@ def two_steps(args, config, device):
                              args.bidirectional, args.prefix_loss > 0)
     for _ in range(2):                                                      # the first step brings AdamW's moments,
         for _ in range(min(passes, 2)):                                     # the first pass the gradients that wait
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with (sdpa_kernel(SDPBackend.MATH) if args.attention == "math" else contextlib.nullcontext(),
+                  torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)):
                 loss, prefix, *_ = train.region_loss(student, teacher, batch, mask_id, {0}, 0, args.targets == "soft",
                                                      args.slot1_weight)
             (loss + args.prefix_loss * prefix).backward()
@@ -178,20 +179,23 @@ def two_steps(args, config, device):
         optimizer.zero_grad(set_to_none=True)
 
 
-def measure(args, config, device):
-    """(most bytes that tensors took at the same time, growth of the process in that time; 0 on a GPU). To be called in a
-    process of its own: the growth is that of its peak."""
-    keep_freed_memory()
-    if device.type == "cuda":
-        two_steps(args, config, device)
-        return 1e9 * peak_memory(device), 0
-    before = peak_memory(device)
+def most_in_tensors(args, config, device):
+    """Bytes that tensors took at the same time, at most, in two steps on a CPU: the sum of all allocations and releases."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         two_steps(args, config, device)
-    growth = 1e9 * (peak_memory(device) - before)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())                         # every allocation, and every release: below 0
-    return max(itertools.accumulate(event.nbytes() for event in events)), growth
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def measure(args, config, device):
+    """{"tensors": bytes} and, on a CPU, {"process": bytes by which this one grew}. Call it in a fresh process."""
+    keep_freed_memory()
+    before = peak_memory(device)
+    two_steps(args, config, device)
+    grown = 1e9 * (peak_memory(device) - before)
+    if device.type == "cuda":                                               # where torch itself keeps count
+        return {"tensors": grown}
+    return {"tensors": most_in_tensors(args, config, device), "process": grown}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -234,7 +238,7 @@ def main():
     args.dtype = next(name for name, value in DTYPES.items() if value == pick_dtype(args.dtype, device))
     config = load_config(args.model, args.cache)
     if args.seq_len > config.max_position_embeddings:
-        raise InputError(f"--seq-len {args.seq_len} is beyond the model's context of {config.max_position_embeddings} tokens")
+        raise InputError(f"--seq-len {args.seq_len} is beyond the context of {config.max_position_embeddings} tokens")
     counts, (B, passes, R, L, M, _) = count_parameters(config), shapes(args, args.micro_batch_size)
     rows = estimate(args, config, counts, args.micro_batch_size)
     print(f"{args.model}: {counts[0]:,} parameters, {args.dtype}; a pass: {B} sequences * ({args.seq_len} text tokens + {R} "
@@ -248,15 +252,20 @@ def main():
         best = next((size for size in sizes if total(estimate(args, config, counts, size)) <= room), 0)
         record["largest_micro_batch_size"][f"{gigabytes:g}"] = best
         print(f"{gigabytes:6g} GB: {'fits' if total(rows) <= room else 'does not fit'}, "
-              + (f"--micro-batch-size {best} is the largest that does" if best else
+              + (f"the largest --micro-batch-size that does: {best}" if best else
                  f"not even --micro-batch-size 1, {total(estimate(args, config, counts, 1)) / 1e9:.1f} GB"))
     if args.measure:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")                     # else the profiler says hello on stderr
         try:
             with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                record["measured_bytes"] = measured = pool.submit(measured_peak, args, config, device).result()
+                record["measured_bytes"] = pool.submit(measure, args, config, device).result()
         except (torch.OutOfMemoryError, concurrent.futures.process.BrokenProcessPool):
             raise InputError("the measurement ran out of memory: lower --micro-batch-size") from None
-        print(f"{measured / 1e9:8.3f} GB  measured; the estimate is {total(rows) / measured:.2f} of it")
+        measured = record["measured_bytes"]
+        ratio = total(rows) / measured["tensors"]
+        print(f"{measured['tensors'] / 1e9:8.3f} GB  measured: the estimate is {ratio:.2f} of it")
+        if "process" in measured:
+            print(f"{measured['process'] / 1e9:8.3f} GB  by which the process grew: its heap has holes")
     if args.out:                                                            # whole or not at all
         temporary = Path(args.out).with_name(f".{Path(args.out).name}.{os.getpid()}")
         write_json(temporary, record | vars(args) | machine(device))
