@@ -162,7 +162,8 @@ def test_confidence_end_to_end(trained, tmp_path, monkeypatch):
 def test_answers(tmp_path, monkeypatch, tiny):
     """Greedy answers to the training rows' questions; --resume goes on behind the last whole line."""
     path = tmp_path / "rows.jsonl"
-    flags = ("--data", "wordproblems", "--model", tiny, "--limit", 5, "--max-new-tokens", 8, "--batch-size", 2, "--out", path)
+    flags = ("--data", "wordproblems", "--model", tiny, "--limit", 5, "--max-new-tokens", 8, "--batch-size", 2,
+             "--out", path)
     run_script(monkeypatch, answers, *flags)
     rows = [json.loads(line) for line in open(path)]
     tokenizer, model = Tokenizer(tiny), Transformer.from_pretrained(tiny)

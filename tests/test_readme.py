@@ -1,0 +1,170 @@
+"""
+The README's claims: every command's flags exist, every file it names is there, the numbers of its tables are those of
+results/, and the commands that need neither network nor hours run.
+"""
+import gzip
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [part.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines()
+            for part in line.split(" && ") if part.split(" #")[0].strip()]
+# Inline too: `python -m extras.NAME ...`
+COMMANDS += [code for code in re.findall(r"`(python[^`\n]*)`", README) if not code.startswith("python3")]
+
+
+def script_of(command):
+    """("train.py", its flags) of a command that runs one of our scripts, else (None, [])."""
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        words = ["python", *[word for word in words[1:] if not word.startswith("--nproc")]]
+    if words[0] != "python" or len(words) < 2:
+        return None, []
+    if words[1] == "-m":
+        return words[2], words[3:]
+    return words[1], words[2:]
+
+
+OURS = sorted({(script, tuple(word for word in flags if word.startswith("--"))) for script, flags in map(script_of, COMMANDS)
+               if script and script != "pytest"})
+
+
+def test_there_are_commands():
+    assert {"train.py", "sample.py", "eval_gsm8k.py", "extras.viewer", "extras.plan"} <= {script for script, _ in OURS}
+
+
+@pytest.fixture(scope="module")
+def help_of():
+    texts = {}
+
+    def read(script):
+        if script not in texts:
+            arguments = ["-m", script] if script.startswith("extras.") else [script]
+            result = subprocess.run([sys.executable, *arguments, "--help"], cwd=ROOT, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            texts[script] = result.stdout
+        return texts[script]
+
+    return read
+
+
+def test_flags_exist(help_of):
+    """Of every command, in blocks and in sentences. extras.plan takes train.py's flags too."""
+    for script, flags in OURS:
+        text = help_of(script) + (help_of("train.py") if script == "extras.plan" else "")
+        for flag in flags:
+            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", text), f"{script} has no {flag}"
+    presets = set(re.findall(r"--preset (\S+)", " ".join(COMMANDS)))
+    assert presets <= set(re.findall(r"[\w-]+", re.search(r"--preset \{(.*?)\}", help_of("train.py"))[1]))
+
+
+def test_links_and_files_exist():
+    targets = re.findall(r"\]\(([^)\s]+)\)", README)
+    assert len(targets) > 20
+    for target in targets:
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+    for name in re.findall(r"python (?:-m )?(extras\.\w+|\w+\.py)", README):
+        assert (ROOT / (name.replace(".", "/") + ".py" if name.startswith("extras.") else name)).exists(), name
+
+
+def test_functions_it_sends_the_reader_to_exist():
+    """`name` ... in [file](file): the file defines it."""
+    found = re.findall(r"((?:`\w+`(?:, | and )?)+) in\n? ?\s*\[(\w+\.py)\]", README)
+    assert len(found) >= 6
+    for names, file in found:
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^\s*(def|class) {name}\b", (ROOT / file).read_text(encoding="utf-8"), re.M), (name, file)
+
+
+def test_it_stays_short():
+    assert len(README.splitlines()) < 300
+
+
+def table_rows(first_cell):
+    """The README's table rows that begin with this cell: lists of cells."""
+    return [[cell.strip() for cell in line.strip("| \n").split("|")] for line in README.splitlines()
+            if line.startswith(f"| {first_cell} |")]
+
+
+NAMES = {"k = 1": "static 1", **{f"static {k}": f"static {k}" for k in (2, 3, 5)},
+         **{f"adaptive {t}": f"adaptive {t}" for t in ("0.99", "0.95", "0.9", "0.8")}, "start, k = 1": "start, k = 1"}
+
+
+@pytest.mark.parametrize("place, run", [(0, "tiny-k8"), (1, "tiny-k3")])
+def test_accuracies_are_those_of_the_logs(place, run):
+    """Each strategy's accuracy and tokens per forward, from the rows themselves and not from table.json."""
+    answers = {}
+    with gzip.open(ROOT / "results" / run / "rows.jsonl.gz", "rt") as lines:
+        for row in map(json.loads, lines):
+            if "strategy" in row:
+                answers.setdefault(row["strategy"], []).append(row)
+    checked = 0
+    for name, strategy in NAMES.items():
+        rows = [row for row in table_rows(name) if len(row) == 8 and "+-" in row[1]]
+        if strategy not in answers or len(rows) <= place and name == "static 5":
+            continue
+        own, cells = answers[strategy], rows[place]
+        accuracy = 100 * sum(row["correct"] for row in own) / len(own)
+        per_forward = sum(len(row["tokens"]) / len(row["chunks"]) for row in own) / len(own)
+        assert cells[1].split()[0] == f"{accuracy:.1f}" and cells[3].split()[0] == f"{per_forward:.2f}", (run, name)
+        checked += 1
+    assert checked >= 7
+
+
+def test_speeds_are_those_of_the_logs():
+    """The race with transformers: median tokens/s of every contender."""
+    for column, run in ((1, "bench-smollm2-k4"), (4, "bench-tiny-k8")):
+        race = json.loads((ROOT / "results" / run / "bench.json").read_text())["races"]["1"]
+        for name, entry in race.items():
+            label = re.sub(r"lossless \d", "lossless", name.replace("static 1", "k = 1"))
+            for cells in table_rows(label):
+                median = statistics.median(entry["tokens_per_second"])
+                assert float(cells[column]) == pytest.approx(median, abs=0.51 if median > 100 else 0.051), (run, name)
+
+
+def test_memory_is_that_of_the_plans():
+    for label, name in (("Qwen3-0.6B", "qwen3-0.6b"), ("Qwen3-4B", "qwen3-4b-instruct-2507"),
+                        ("Llama-3.1-8B", "llama-3.1-8b-instruct")):
+        (cells,) = table_rows(label)
+        for column, file in ((1, f"{name}.json"), (4, f"{name}-fsdp4.json")):
+            record = json.loads((ROOT / "results" / "plan" / file).read_text())
+            assert cells[column] == f"{record['estimated_bytes'] / 1e9:.1f} GB"
+            for memory, cell in zip(("24", "80"), cells[column + 1:]):
+                best = record["largest_micro_batch_size"][memory]
+                assert cell.split()[:3] == (["no"] if best == 0 else ["up", "to", str(best)])
+
+
+# --- the laptop's block, in short
+
+SHORT = {"train.py": ["--steps", "2", "--batch-size", "2", "--eval-prompts", "2"], "sample.py": ["--max-new-tokens", "16"],
+         "eval_gsm8k.py": ["--limit", "2", "--max-new-tokens", "16"], "extras.viewer": ["--max-new-tokens", "16"]}
+
+
+def test_the_laptops_commands_run(tmp_path):
+    """The first block as it stands, but for fewer steps, questions and tokens; the install is CI's own."""
+    block = BLOCKS[0]
+    commands = [part.split(" #")[0].strip() for line in block.splitlines() for part in line.split(" && ")]
+    ran = 0
+    for command in commands:
+        script, flags = script_of(command)
+        if script is None:
+            assert re.match(r"python3 -m venv|\. |pip install", command), command
+            continue
+        where = ["-m", script] if script.startswith("extras.") else [str(ROOT / script)]
+        result = subprocess.run([sys.executable, *where, *flags, *SHORT[script]], cwd=tmp_path, capture_output=True,
+                                text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert result.returncode == 0, (command, result.stderr)
+        ran += 1
+    assert ran == 4
+    assert (tmp_path / "out" / "latest").exists() and (tmp_path / "out-eval" / "table.md").exists()
+    assert (tmp_path / "viewer.html").exists()
