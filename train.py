@@ -408,7 +408,9 @@ def main():
     state = load_trainer(out, args) if resuming else None
     try:
         out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.jsonl" if rank == 0 else os.devnull, "a", encoding="utf-8")
+        log = open(out / "log.jsonl" if rank == 0 else os.devnull, "ab", buffering=0)
+        for left in [*out.glob(".step-*"), *out.glob(".latest-*")] if rank == 0 else []:
+            left.unlink() if left.is_symlink() else shutil.rmtree(left)         # by a run that was killed while saving
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}") from None
     torch.set_float32_matmul_precision("high")
@@ -466,9 +468,9 @@ def main():
         loss, fed, sums = torch.zeros(()), 0, torch.zeros(3, args.k)
         for at in range(0, most, args.micro_batch_size):
             rows = mine[at:at + args.micro_batch_size]
-            weight = world if rows else 0                               # ranks' gradients are averaged, not added; a rank
-            batch = make_batch(rows or encoded[:1], k, offset, args.stride, mask_id, tokenizer.end_id,  # without a row
-                               device, args.bidirectional, args.prefix_loss > 0)            # counts the first for nothing
+            weight = world if rows else 0           # ranks' gradients are averaged, not added; no rows left: count nothing
+            batch = make_batch(rows or encoded[:1], k, offset, args.stride, mask_id, tokenizer.end_id, device,
+                               args.bidirectional, args.prefix_loss > 0)
             parallel.average_when(wrapped, last=at + args.micro_batch_size >= most)
             with mixed():
                 part, prefix, rollout, targets, confidence = region_loss(
@@ -485,8 +487,10 @@ def main():
 
     # --- say what is about to happen; the first step's gradient is computed once for its timing and thrown away
     def record(event, step, **row):
-        log.write(json.dumps({"event": event, "step": step, **row}) + "\n")
-        log.flush()
+        try:
+            log.write((json.dumps({"event": event, "step": step, **row}) + "\n").encode())
+        except OSError as error:
+            raise InputError(f"cannot write to {out}/log.jsonl: {error.strerror}") from None
 
     print("\n".join(f"{name:>18}  {value}" for name, value in settings.items()))
     record("resume" if resuming else "start", first_step, **settings)

@@ -123,10 +123,10 @@ def steps_kept(out):
 # --- help
 
 FLAGS = {
-    "train.py": "preset model random-init no-random-init data prompt-format out resume no-resume cache k stride curriculum "
-                "targets lr warmup cooldown "
+    "train.py": "preset model random-init no-random-init data prompt-format out resume no-resume cache k fixed-k no-fixed-k "
+                "curriculum stride targets slot1-weight prefix-loss bidirectional no-bidirectional lr warmup cooldown "
                 "weight-decay clip batch-size micro-batch-size seq-len steps minutes overfit eval-every eval-prompts "
-                "eval-tokens log-every save-every seed device dtype",
+                "eval-tokens log-every save-every seed fsdp no-fsdp compile no-compile device dtype",
     "sample.py": "file limit prompt-format seed k threshold lossless no-lossless narrow no-narrow temperature top-k top-p "
                  "max-new-tokens stop ignore-stop no-ignore-stop batch-size compare no-compare model cache compile "
                  "no-compile device dtype",
@@ -143,7 +143,7 @@ def test_help_names_every_flag(script):
     result = cli(SCRIPTS[script], "--help")
     assert result.code == 0 and result.err == ""
     heads = re.findall(r"^  ((?:-h, )?--.*?)(?:  +.*)?$", result.out, re.MULTILINE)     # options without their help
-    found = {flag for head in heads for flag in re.findall(r"--([a-z-]+)", head)}
+    found = {flag for head in heads for flag in re.findall(r"--([a-z0-9-]+)", head)}
     assert found == {"help", *FLAGS[script].split()}
     assert f"python {script}" in result.out                         # commands to copy
 
@@ -210,6 +210,11 @@ TRAIN_BAD = {
     "clip 0": (["--clip", "0"], "--clip"),
     "minutes 0": (["--minutes", "0"], "--minutes"),
     "seed no number": (["--seed", "x"], "--seed"),
+    "prefix loss -1": (["--prefix-loss", "-1"], "--prefix-loss must be at least 0"),
+    "prefix loss not a number": (["--prefix-loss", "nan"], "--prefix-loss must be at least 0"),
+    "slot 1 weight -1": (["--slot1-weight", "-1"], "--slot1-weight must be at least 0"),
+    "no such targets": (["--targets", "softly"], "softly"),
+    "fsdp without torchrun": (["--fsdp"], "torchrun"),
     "no such data": (["--data", "nosuch"], "no data 'nosuch'"),
     "no such JSONL file": (["--data", "{tmp}/nosuch.jsonl"], "cannot read {tmp}/nosuch.jsonl"),
     "JSON cut off": (["--data", "{tmp}/broken.jsonl"], "{tmp}/broken.jsonl:3: "),
@@ -242,6 +247,7 @@ def test_train_refuses_and_writes_nothing(case, tiny, tmp):
     ([], "already holds step-2"), (["--no-resume"], "already holds step-2"),
     (["--resume", "--lr", "2e-4"], "--lr 0.001, not 0.0002"), (["--resume", "--k", "4"], "--k 3, not 4"),
     (["--resume", "--data", "gsm8k.jsonl"], "gsm8k.jsonl"), (["--resume", "--eval-prompts", "3"], "--eval-prompts 2"),
+    (["--resume", "--targets", "soft"], "--targets hard, not soft"), (["--resume", "--fixed-k"], "--fixed-k False"),
     (["--resume", "--prompt-format", "plain"], "--prompt-format chat, not plain")])
 def test_train_spares_an_earlier_run(flags, message, tiny, trained):
     """Neither written over nor mixed with a run of other settings."""
@@ -577,7 +583,7 @@ def test_train_leaves_a_checkpoint_and_a_log(tiny, trained):
                                          "steps": 2}.items()
     assert Tokenizer(trained / "latest").control[MASK_TOKEN] == TINY_VOCAB
     start, = events(trained, "start")
-    flags = {flag.replace("-", "_") for flag in FLAGS["train.py"].split()} - {"no_resume", "no_random_init"}
+    flags = {flag.replace("-", "_") for flag in FLAGS["train.py"].split() if not flag.startswith("no-")}
     assert flags <= set(start) and start["k"] == 3 and start["seq_len"] == 200 and start["prompt_format"] == "chat"
     assert start["device"].startswith(("cpu", "cuda", "mps")) and start["dtype"] in ("fp32", "bf16")    # not "auto"
     first, = events(trained, "eval")
@@ -684,20 +690,41 @@ def test_train_batches(tiny, tmp_path, monkeypatch):
 
 
 def test_train_stride_k_and_curriculum(tiny, sums, tmp_path):
-    """Denser anchors give more supervised slots; --curriculum begins with k = 2 whatever --k says."""
+    """Denser anchors give more supervised slots; --curriculum begins with k = 2 whatever --k says; --fixed-k is always k."""
     logs = {}
     for name, flags in {"dense": ["--stride", 1], "sparse": ["--stride", 5], "wide": ["--k", 8],
-                        "grown": ["--k", 8, "--curriculum", 1000]}.items():
+                        "grown": ["--k", 8, "--curriculum", 1000], "fixed": ["--k", 8, "--fixed-k"]}.items():
         assert cli(training, "--model", tiny, "--data", sums, *QUICK, *flags, "--steps", 5, "--log-every", 1,
                    "--out", tmp_path / name).code == 0
         logs[name] = events(tmp_path / name, "train")
     for dense, sparse in zip(logs["dense"], logs["sparse"]):        # the layout's draw differs with the stride, k too
         assert dense["slots"] / dense["k"] > 3 * sparse["slots"] / sparse["k"]
     assert max(row["k"] for row in logs["wide"]) > 4 and {row["k"] for row in logs["grown"]} == {2}
+    assert {row["k"] for row in logs["fixed"]} == {8}
     for row in logs["dense"] + logs["wide"]:
         assert 2 <= row["k"] <= 8 and row["slots"] % row["k"] == 0
         assert len(row["agreement"]) == len(row["confidence"]) >= row["k"]
     assert pretrained.read_json(tmp_path / "grown" / "latest" / "config.json")["nanomtp"]["k_max"] == 8
+
+
+def test_train_bidirectional(tiny, sums, tmp_path, decoded, monkeypatch):
+    """Trained, evaluated, recorded and, without a word from the user, decoded so; soft targets and prefix loss on top."""
+    masks, decoding, generate = [], [], training.generate
+    make = training.make_batch
+    monkeypatch.setattr(training, "make_batch", lambda *args: masks.append(make(*args)) or masks[-1])
+    monkeypatch.setattr(training, "generate", lambda *args, **more: decoding.append(more) or generate(*args, **more))
+    out = tmp_path / "out"
+    assert cli(training, "--model", tiny, "--data", sums, *QUICK, "--steps", 1, "--eval-every", 1, "--eval-tokens", 3,
+               "--fixed-k", "--bidirectional", "--targets", "soft", "--prefix-loss", 1, "--out", out).code == 0
+    assert all(not torch.equal(batch.mask, batch.teacher_mask) and len(batch.next_token) for batch in masks)
+    assert len(decoding) == 4 and all(more["bidirectional"] is True for more in decoding)
+    assert pretrained.read_json(out / "latest" / "config.json")["nanomtp"]["bidirectional"] is True
+    assert cli(sample, "x", "--model", out, "--max-new-tokens", 12, "--k", 3, "--ignore-stop").code == 0
+    call, = decoded
+    ours, = call.results
+    both, causal = (generate(call.model, call.prompts, 3, None, TINY_VOCAB, (), 12, bidirectional=way)[0]
+                    for way in (True, False))
+    assert (ours.tokens, ours.confidences) == (both.tokens, both.confidences) and ours.confidences != causal.confidences
 
 
 def test_train_overfit(tiny, sums, tmp_path, monkeypatch):
@@ -728,14 +755,14 @@ def test_train_minutes_stops_early_and_saves(tiny, sums, tmp_path):
 
 def test_train_seed_dtype_device_and_formats(tiny, tmp_path, monkeypatch):
     """One seed is one run; another seed or format is another one; bf16 is nearly the same run, saved as fp32."""
-    forward, dtypes = training.Transformer.forward, set()
+    attention, dtypes = torch.nn.functional.scaled_dot_product_attention, set()
 
     def spy(*args, **more):
-        logits = forward(*args, **more)
-        dtypes.add(logits.dtype)
-        return logits
+        values = attention(*args, **more)
+        dtypes.add(values.dtype)
+        return values
 
-    monkeypatch.setattr(training.Transformer, "forward", spy)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     common = ("--data", "wordproblems", "--k", 3, "--batch-size", 2, "--seq-len", 200, "--eval-every", 0, "--steps", 2,
               "--log-every", 1, "--device", "cpu")
     losses = {}

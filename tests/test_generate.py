@@ -47,14 +47,24 @@ def random_prompts(count, seed, longest=24):
     return [[rng.randrange(3, TINY_VOCAB) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
+def behind(model, text, k, bidirectional=False):
+    """Logits of the k slots behind `text`, (k, candidates), from one pass over text and k-1 masks, without a cache.
+
+    The mask is the causal one; bidirectional: but the k-1 masks see each other both ways.
+    """
+    n = len(text) + k - 1
+    seen = torch.ones(n, n, dtype=torch.bool).tril()
+    if bidirectional:
+        seen[len(text):, len(text):] = True
+    return model(torch.tensor([text + [MASK] * (k - 1)]), torch.arange(n)[None], seen)[0, -k:, :MASK]
+
+
 @torch.no_grad()
-def uncached(model, prompt, k, threshold, stop_ids, limit):
+def uncached(model, prompt, k, threshold, stop_ids, limit, bidirectional=False):
     """The method, word for word, without a cache: the whole text and k-1 masks go through the model in every pass."""
     tokens, chunks = [], []
     while True:
-        ids = prompt + tokens + [MASK] * (k - 1)
-        n = len(ids)
-        logits = model(torch.tensor([ids]), torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril())[0, -k:, :MASK]
+        logits = behind(model, prompt + tokens, k, bidirectional)
         p = logits.softmax(dim=-1)
         kept = 1
         while kept < k and (threshold is None or p[kept].max() >= threshold):
@@ -292,13 +302,11 @@ LOSSLESS = [(k, threshold, form) for k, threshold in ((2, None), (4, None), (4, 
 
 
 @torch.no_grad()
-def uncached_lossless(model, prompt, k, threshold, form, stop_ids, limit):
+def uncached_lossless(model, prompt, k, threshold, form, stop_ids, limit, bidirectional=False):
     """Drafts are checked one by one with plain passes over the whole text, as if they cost nothing."""
     def slots(text):
         """Candidates and probabilities of the k slots behind `text`."""
-        ids = text + [MASK] * (k - 1)
-        n = len(ids)
-        logits = model(torch.tensor([ids]), torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril())[0, -k:, :MASK]
+        logits = behind(model, text, k, bidirectional)
         return logits.argmax(dim=-1).tolist(), logits.softmax(dim=-1).max(dim=-1).values.tolist()
 
     tokens, chunks, drafts = [], [], []
@@ -377,6 +385,59 @@ def test_verify():
     assert stood.tolist() == [1, 2, 0] and chosen.tolist() == [[1, 4, 5], [2, 3, 4], [0, 1, 2]]
     stood, chosen = sample.verify(candidates, ids, torch.tensor([4, 3, 1]), 4, k=3, wide=True)
     assert chosen.tolist() == [[1, 6, 7], [2, 8, 9], [0, 4, 5]]
+
+
+# --- bidirectional regions
+
+@pytest.mark.parametrize("k, threshold", [(2, None), (4, None), (4, 0.3), (4, 0.15)])
+def test_bidirectional_against_the_uncached_loop(model, k, threshold):
+    """Masks that see each other: one prompt at a time, and all in one batch, where rows with fewer pending tokens than
+    others get fillers behind their masks, which these must not see."""
+    prompts, stop_ids = random_prompts(9, seed=1), set(range(10, 16))
+    expected = [uncached(model, prompt, k, threshold, stop_ids, 25, bidirectional=True) for prompt in prompts]
+    alone = [generate(model, [prompt], k, threshold, MASK, stop_ids, 25, bidirectional=True)[0] for prompt in prompts]
+    assert [(r.tokens, r.chunks, r.finish) for r in alone] == expected
+    for fixed in (False, True):
+        together = generate(model, prompts, k, threshold, MASK, stop_ids, 25, bidirectional=True, fixed=fixed)
+        assert [(r.tokens, r.chunks, r.finish) for r in together] == expected
+        for a, b in zip(together, alone):
+            assert a.confidences == pytest.approx(b.confidences, abs=1e-4)
+    causal = [r.tokens for r in generate(model, prompts, k, threshold, MASK, stop_ids, 25, bidirectional=False)]
+    assert k == 2 or causal != [tokens for tokens, _, _ in expected]    # a single mask has none to see
+    assert threshold is None or any(len(set(chunks[:-1])) > 1 for _, chunks, _ in expected)
+
+
+@pytest.mark.parametrize("k, threshold, form", LOSSLESS)
+def test_bidirectional_lossless(willing, k, threshold, form):
+    """The text of k = 1, in the passes of the slow reference; in a batch, as alone, and with fixed shapes."""
+    prompts, stop_ids, sizes, drafts = random_prompts(10, seed=2), {11, 12}, set(), {}
+    plain = [(r.tokens, r.finish) for r in generate(willing, prompts, 1, None, MASK, stop_ids, 25)]
+    expected = [uncached_lossless(willing, prompt, k, threshold, form, stop_ids, 25, True) for prompt in prompts]
+    settings = (prompts, k, threshold, MASK, stop_ids, 25)
+    for fixed in (False, True):
+        together = generate(willing, *settings, lossless=form, bidirectional=True, fixed=fixed)
+        assert [(r.tokens, r.finish) for r in together] == plain
+        assert [(r.tokens, r.chunks, r.finish) for r in together] == expected
+        sizes |= {size for r in together for size in r.chunks}
+    assert sizes >= {1, 2} and max(sizes) <= k
+    for bidirectional in (False, True):
+        results = generate(willing, *settings, lossless=form, bidirectional=bidirectional)
+        drafts[bidirectional] = [r.drafts for r in results]
+    assert k == 2 or drafts[False] != drafts[True]                      # other drafts, the same text
+
+
+def test_bidirectional_by_the_checkpoints_record(model, tmp_path):
+    """What train.py wrote into config.json decides, unless the caller does; without a record, regions are causal."""
+    prompts, texts = random_prompts(6, seed=3), {}
+    for recorded in (None, False, True):
+        folder = tiny_checkpoint(tmp_path / str(recorded))
+        record = {"mask_token_id": MASK, "k_max": 4} | ({} if recorded is None else {"bidirectional": recorded})
+        save_pretrained(model, folder, record)
+        loaded = Transformer.from_pretrained(folder).eval()
+        texts[recorded], causal, both = ([r.tokens for r in generate(loaded, prompts, 4, None, MASK, (), 20, **more)]
+                                         for more in ({}, {"bidirectional": False}, {"bidirectional": True}))
+        assert causal != both and texts[recorded] == (both if recorded else causal)
+    assert texts[None] == texts[False] != texts[True]
 
 
 # --- sampling

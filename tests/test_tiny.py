@@ -109,8 +109,8 @@ def test_random_weights():
 def test_k1_with_ground_truth_is_the_ordinary_next_token_loss():
     model, tokenizer = Transformer.from_pretrained(FOLDER), Tokenizer(FOLDER)
     encoded = encode_rows([WordProblems(0)[i] for i in range(3)], tokenizer, "plain", 224)
-    batch = training.make_batch(encoded, 1, 0, 1, None, tokenizer.end_id, torch.device("cpu"))
-    loss, _, targets, _ = training.region_loss(model, None, *batch, None, tokenizer.stop_ids, tokenizer.end_id)
+    batch = training.make_batch(encoded, 1, 0, 1, None, tokenizer.end_id, torch.device("cpu"), prefix=True)
+    loss, prefix, _, targets, _ = training.region_loss(model, None, batch, None, tokenizer.stop_ids, tokenizer.end_id)
     expected, answers = 0.0, []
     for prompt, text in encoded:
         with torch.no_grad():
@@ -119,14 +119,16 @@ def test_k1_with_ground_truth_is_the_ordinary_next_token_loss():
         answers += text[prompt:]
     assert loss.item() == pytest.approx(expected, rel=1e-4) and targets.flatten().tolist() == answers
     assert answers.count(tokenizer.end_id) == 3
+    assert prefix.item() == pytest.approx(expected, rel=1e-4)           # the same tokens, asked for by another name
 
 
 def test_ground_truth_for_several_slots():
     """Slot j's target is the j-th token behind the anchor; behind the text's end the end, behind a cut nothing."""
     whole, short = (2, [10, 11, 12, 13, 14, 2]), (2, [20, 21, 22, 23])              # the second was cut at --seq-len
-    *_, slots, truth = training.make_batch([whole, short], 3, 0, 2, 99, 2, torch.device("cpu"))
-    assert slots[1][:, 0].tolist() == [1, 3, 1]
-    assert truth.tolist() == [[12, 13, 14], [14, 2, 2], [22, 23, -100]]
+    batch = training.make_batch([whole, short], 3, 0, 2, 99, 2, torch.device("cpu"), prefix=True)
+    assert batch.slots[1][:, 0].tolist() == [1, 3, 1]
+    assert batch.truth.tolist() == [[12, 13, 14], [14, 2, 2], [22, 23, -100]]
+    assert batch.next_token.tolist() == [12, 13, 14, 2, 22, 23]
 
 
 def test_pretraining_from_random_weights(tmp_path, monkeypatch):

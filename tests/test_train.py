@@ -1,6 +1,7 @@
 """
 train.py against slow references: the mask against a double loop, the appended layout against the paper's interleaved
-one, the teacher's targets against one region at a time; then whole runs on a tiny model: overfitting, resuming, stopping.
+one, losses, targets and gradients against one region at a time; then whole runs on a tiny model: overfitting, logging,
+stopping. Resuming is in test_resume.py, more than one process in test_parallel.py.
 """
 import argparse
 import copy
@@ -10,33 +11,56 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import TINY_VOCAB, tiny_checkpoint
+from safetensors.torch import load_file
 
 import regions
 import train as training
+from data import draw_rows, encode_rows, load_data
 from model import Transformer, add_mask_token
-from pretrained import InputError
+from pretrained import InputError, read_json
 from regions import attention_mask, choose_anchors, make_layout
-from train import hard_targets, make_batch, region_loss
+from tokenizer import Tokenizer
+from train import behind_stop, draw_k_and_offset, make_batch, region_loss
 
-CPU = torch.device("cpu")
+CPU, MASK = torch.device("cpu"), TINY_VOCAB
+KINDS = ("hard", "soft", "ground-truth")
+
+
+def make_pair(folder, **overrides):
+    """(student with a mask token, teacher): different random weights, so that neither agrees with the other."""
+    student = Transformer.from_pretrained(tiny_checkpoint(folder / "student", "qwen3", tied=False, seed=0, **overrides))
+    teacher = Transformer.from_pretrained(tiny_checkpoint(folder / "teacher", "qwen3", tied=False, seed=1, **overrides))
+    add_mask_token(student, MASK)
+    return student, teacher.requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """(student with a mask token, teacher without): the same random weights, so nothing is yet learned."""
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("pair") / "checkpoint", "qwen3", tied=False)
-    teacher = Transformer.from_pretrained(folder).requires_grad_(False)
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    add_mask_token(student, TINY_VOCAB)
+    """The mask token is a new row of the student's matrices, which the teacher's do not have."""
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def padded_pair(tmp_path_factory):
+    """Qwen's case: the matrices have rows that the tokenizer does not use, and the mask token is the first of these."""
+    student, teacher = make_pair(tmp_path_factory.mktemp("padded"), vocab_size=TINY_VOCAB + 8)
+    assert student.config.vocab_size == teacher.config.vocab_size == TINY_VOCAB + 8
     return student, teacher
 
 
-def random_rows(seed, shapes=((4, 17), (6, 11), (1, 9))):
-    """Encoded rows: (prompt length, random ids of a text of that length)."""
+@pytest.fixture(params=["new row", "free row"])
+def either_pair(request, pair, padded_pair):
+    return pair if request.param == "new row" else padded_pair
+
+
+def random_rows(seed, shapes=((4, 17), (6, 11), (1, 9)), end_id=None):
+    """Encoded rows: (prompt length, random ids of a text of that length). With `end_id` the second one is not cut."""
     rng = random.Random(seed)
-    return [(prompt, [rng.randrange(3, TINY_VOCAB) for _ in range(length)]) for prompt, length in shapes]
+    rows = [(prompt, [rng.randrange(3, TINY_VOCAB) for _ in range(length)]) for prompt, length in shapes]
+    if end_id is not None:
+        rows[1][1][-1] = end_id
+    return rows
 
 
 # --- layout and mask
@@ -58,12 +82,13 @@ def test_anchors_reach_from_the_last_prompt_token_to_the_one_before_the_end():
         assert anchors == list(range(3, 11))
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("k, offset, stride", [(2, 0, 1), (3, 1, 2), (4, 2, 3), (5, 0, 7), (1, 0, 2)])
-def test_mask_against_a_double_loop(k, offset, stride):
+def test_mask_against_a_double_loop(k, offset, stride, bidirectional):
     """The rule of the method, spelled out for one query and one key at a time."""
     anchors = choose_anchors([4, 6, 1], [17, 11, 9], offset, stride)
     position, region, bound, _ = make_layout([17, 11, 9], anchors, k)
-    mask = attention_mask(position, region, bound)
+    mask = attention_mask(position, region, bound, bidirectional)
     for b in range(3):
         for q in range(mask.shape[1]):
             for key in range(mask.shape[2]):
@@ -73,7 +98,8 @@ def test_mask_against_a_double_loop(k, offset, stride):
                 elif region[b, key] == regions.PADDING:
                     expected = False
                 else:
-                    expected = bool(region[b, q] == region[b, key] and position[b, key] <= position[b, q])
+                    later = position[b, key] > position[b, q] and not bidirectional
+                    expected = bool(region[b, q] == region[b, key] and not later)
                 assert mask[b, q, key] == expected, (b, q, key)
     assert mask.any(dim=-1).all()                                   # a query without any key would be NaN
 
@@ -100,11 +126,11 @@ def interleaved(text, anchors, k, mask_id):
 def test_appended_layout_equals_the_interleaved_one(pair, k, offset, stride):
     student, _ = pair
     prompt, text = random_rows(1)[0]
-    ids, position, mask, slots, _ = make_batch([(prompt, text)], k, offset, stride, TINY_VOCAB, 0, CPU)
+    batch = make_batch([(prompt, text)], k, offset, stride, MASK, 0, CPU)
     with torch.no_grad():
-        ours = student(ids, position, mask, at=slots)               # (N, k, V)
-    anchors = slots[1][:, 0].tolist()
-    tokens, mask = interleaved(text, anchors, k, TINY_VOCAB)
+        ours = student(batch.ids, batch.position, batch.mask, at=batch.slots)       # (N, k, V)
+    anchors = batch.slots[1][:, 0].tolist()
+    tokens, mask = interleaved(text, anchors, k, MASK)
     with torch.no_grad():
         fed, positions = (torch.tensor([[token[i] for token in tokens]]) for i in (0, 1))
         theirs = student(fed, positions, mask)[0]
@@ -114,13 +140,14 @@ def test_appended_layout_equals_the_interleaved_one(pair, k, offset, stride):
         torch.testing.assert_close(ours[n], theirs[places], rtol=0, atol=1e-5)
 
 
-def test_text_logits_are_the_plain_models(pair):
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_text_logits_are_the_plain_models(pair, bidirectional):
     """Text never sees a mask, and a row's padding and neighbours never matter."""
     student, _ = pair
     rows = random_rows(2)
-    ids, position, mask, _, _ = make_batch(rows, 4, 1, 2, TINY_VOCAB, 0, CPU)
+    batch = make_batch(rows, 4, 1, 2, MASK, 0, CPU, bidirectional)
     with torch.no_grad():
-        logits = student(ids, position, mask)
+        logits = student(batch.ids, batch.position, batch.mask)
         for b, (_, text) in enumerate(rows):
             n = len(text)
             plain = student(torch.tensor([text]), torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril())
@@ -129,101 +156,255 @@ def test_text_logits_are_the_plain_models(pair):
 
 # --- objective
 
-def one_region_at_a_time(student, teacher, text, k, stop_ids, end_id):
-    """Rollout, targets and losses behind the prefix `text`, with plain causal passes and python loops."""
-    def run(model, ids):
-        n = len(ids)
-        logits = model(torch.tensor([ids]), torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril())[0, -k:]
-        return logits[:, :TINY_VOCAB]                               # the mask token is not a candidate
+def run_alone(model, ids, sighted=0):
+    """One text through the model: (T, candidates) logits, and the candidates, which are all ids but the mask token.
 
+    The mask is the plain causal one, but the last `sighted` tokens see each other both ways.
+    """
+    n = len(ids)
+    seen = torch.ones(n, n, dtype=torch.bool).tril()
+    seen[n - sighted:, n - sighted:] = True
+    logits = model(torch.tensor([ids]), torch.arange(n)[None], seen)[0]
+    candidates = [token for token in range(logits.shape[1]) if token != MASK]
+    return logits[:, candidates], candidates
+
+
+def one_region_at_a_time(student, teacher, text, truth, k, stop_ids, end_id, kind="hard", bidirectional=False, slot1=1.0):
+    """The region behind the prefix `text`: rollout, targets, confidences and the loss, by passes over this region alone."""
+    logits, candidates = run_alone(student, text + [MASK] * (k - 1), k - 1 if bidirectional else 0)
+    log_p = logits[-k:].log_softmax(dim=-1)
+    rollout = [candidates[i] for i in log_p.argmax(dim=-1).tolist()]
     with torch.no_grad():
-        logits = run(student, text + [TINY_VOCAB] * (k - 1))
-        rollout = logits.argmax(dim=-1).tolist()
-        targets = run(teacher, text + rollout[:-1]).argmax(dim=-1).tolist()
+        said, heard = run_alone(teacher, text + rollout[:-1])           # always causal
+    assert heard == candidates
+    targets, loss = [], 0.0
     for j in range(k):
-        if any(token in stop_ids for token in rollout[:j]):
-            targets[j] = end_id
-    return rollout, targets, F.cross_entropy(logits, torch.tensor(targets), reduction="none").tolist()
+        stopped = any(token in stop_ids for token in rollout[:j])
+        p = said[len(text) - 1 + j].softmax(dim=-1)
+        targets.append(truth[j] if kind == "ground-truth" else end_id if stopped else candidates[p.argmax().item()])
+        weight = slot1 if j == 0 else 1.0
+        if kind == "soft" and not stopped:
+            loss = loss - weight * (p * log_p[j]).sum()
+        elif targets[j] != -100:
+            loss = loss - weight * log_p[j, candidates.index(targets[j])]
+    return rollout, targets, log_p.max(dim=-1).values.exp().tolist(), loss
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_loss_and_targets_against_one_region_at_a_time(pair, k):
-    student, teacher = pair
-    stop_ids, end_id = set(range(3, TINY_VOCAB, 3)), 2              # a third of all tokens stop: many rollouts hold one
-    rows = random_rows(3)
-    ids, position, mask, slots, truth = make_batch(rows, k, 0, 2, TINY_VOCAB, end_id, CPU)
-    loss, rollout, targets, confidence = region_loss(
-        student, teacher, ids, position, mask, slots, truth, TINY_VOCAB, stop_ids, end_id)
-    total, stopped = 0.0, 0
-    for n, (row, place) in enumerate(zip(slots[0][:, 0].tolist(), slots[1][:, 0].tolist())):
-        y, t, losses = one_region_at_a_time(student, teacher, rows[row][1][:place + 1], k, stop_ids, end_id)
-        assert rollout[n].tolist() == y and targets[n].tolist() == t
-        total, stopped = total + sum(losses), stopped + (t.count(end_id) if k > 1 else 1)
-    assert stopped and abs(loss.item() - total) < 1e-3 * total
-    assert ((confidence > 0) & (confidence <= 1)).all()
+def next_token_loss(student, prompt, text):
+    """Sum of the ordinary cross-entropy over an answer's tokens."""
+    logits, candidates = run_alone(student, text)
+    return sum(-logits[i - 1].log_softmax(dim=-1)[candidates.index(text[i])] for i in range(prompt, len(text)))
 
 
-def test_gradients_and_candidates(pair):
-    """The gradient reaches the student alone, also through the mask's own row; the mask token is never chosen."""
-    student, teacher = pair
-    with torch.no_grad():                                           # make the mask token the favourite everywhere
-        student.lm_head.weight[TINY_VOCAB] = student.lm_head.weight[:TINY_VOCAB].sum(0) * 5
-    batch = make_batch(random_rows(4), 3, 0, 2, TINY_VOCAB, 2, CPU)
-    loss, rollout, targets, _ = region_loss(student, teacher, *batch, TINY_VOCAB, {2}, 2)
-    assert loss.isfinite() and rollout.max() < TINY_VOCAB and targets.max() < TINY_VOCAB
-    loss.backward()
-    assert all(parameter.grad is None for parameter in teacher.parameters())
-    assert all(parameter.grad.isfinite().all() for parameter in student.parameters())
-    assert student.model.embed_tokens.weight.grad[TINY_VOCAB].abs().sum() > 0
+def region_by_region(student, teacher, rows, k, offset, stride, stop_ids, end_id, **variant):
+    """What region_loss should return for a batch of these rows, and the loss over the answers' own tokens."""
+    regions = []
+    for prompt, text in rows:
+        behind = text + [end_id if text[-1] == end_id else -100] * k
+        for anchor in range(prompt - 1 + offset, len(text) - 1, stride):
+            regions.append(one_region_at_a_time(student, teacher, text[:anchor + 1], behind[anchor + 1:anchor + 1 + k], k,
+                                                stop_ids, end_id, **variant))
+    rollout, targets, confidence, losses = zip(*regions)
+    return list(rollout), list(targets), list(confidence), sum(losses), sum(next_token_loss(student, *row) for row in rows)
+
+
+def gradient(student, loss):
+    """{name: gradient} of every weight of the student."""
     student.zero_grad(set_to_none=True)
+    loss.backward(retain_graph=True)
+    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    student.zero_grad(set_to_none=True)
+    return gradients
 
 
-def test_free_row_of_a_padded_matrix_is_no_candidate_of_the_teacher(tmp_path):
-    """Qwen's case: the teacher's matrix has a row under the mask's id as well."""
-    folder = tiny_checkpoint(tmp_path, vocab_size=TINY_VOCAB + 8)
-    teacher = Transformer.from_pretrained(folder).requires_grad_(False)
+def assert_same_gradients(ours, theirs):
+    largest = max(gradient.abs().max() for gradient in theirs.values()).item()
+    assert ours.keys() == theirs.keys() and largest > 0
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5 * largest, msg=name)
+
+
+STOPS, END = set(range(3, TINY_VOCAB, 3)), 2            # a third of all tokens stop: many rollouts hold one
+
+
+@pytest.mark.parametrize("k, kind, bidirectional, slot1", [
+    *((k, kind, False, 1.0) for k in (2, 4) for kind in KINDS), *((4, kind, True, 1.0) for kind in KINDS),
+    (1, "hard", False, 1.0), (1, "soft", False, 1.0), (3, "hard", False, 2.5), (3, "soft", True, 0.0)])
+def test_variants_against_one_region_at_a_time(either_pair, k, kind, bidirectional, slot1):
+    """Rollout, targets, confidences, both losses and the gradient of each, for new and for free rows of the matrix."""
+    student, teacher = either_pair
+    rows = random_rows(3, end_id=END)
+    batch = make_batch(rows, k, 0, 2, MASK, END, CPU, bidirectional, prefix=True)
+    loss, prefix, rollout, targets, confidence = region_loss(
+        student, None if kind == "ground-truth" else teacher, batch, MASK, STOPS, END, kind == "soft", slot1)
+    our_rollout, our_targets, our_confidence, our_loss, our_prefix = region_by_region(
+        student, teacher, rows, k, 0, 2, STOPS, END, kind=kind, bidirectional=bidirectional, slot1=slot1)
+    assert rollout.tolist() == our_rollout and targets.tolist() == our_targets
+    torch.testing.assert_close(confidence, torch.tensor(our_confidence), rtol=1e-4, atol=1e-6)
+    assert loss.item() == pytest.approx(our_loss.item(), rel=1e-5)
+    assert prefix.item() == pytest.approx(our_prefix.item(), rel=1e-5) and len(batch.next_token) == 13 + 5 + 8
+    assert_same_gradients(gradient(student, loss), gradient(student, our_loss))
+    assert_same_gradients(gradient(student, prefix), gradient(student, our_prefix))
+    assert rollout.max() < (MASK if student.config.vocab_size == MASK + 1 else MASK + 8) and (rollout != MASK).all()
+    flat = targets.flatten().tolist()                               # all of it occurs: else nothing is tested
+    assert (-100 in flat) == (kind == "ground-truth" and k > 1) and (END in flat or k == 1)
+    assert k == 1 or kind == "ground-truth" or behind_stop(rollout, STOPS).any()
+
+
+def test_bidirectional_is_the_students_alone(pair):
+    """It changes what the student writes, but the teacher reads causally: with that mask it would say other things."""
+    student, teacher = pair
+    rows = random_rows(3)
+    causal, both = (make_batch(rows, 4, 0, 2, MASK, END, CPU, bidirectional) for bidirectional in (False, True))
+    assert torch.equal(both.teacher_mask, causal.mask) and torch.equal(causal.teacher_mask, causal.mask)
     with torch.no_grad():
-        teacher.model.embed_tokens.weight[TINY_VOCAB] = 10.0 * teacher.model.embed_tokens.weight[:TINY_VOCAB].sum(0)
-    student = copy.deepcopy(teacher)
-    add_mask_token(student, TINY_VOCAB)
-    assert student.config.vocab_size == TINY_VOCAB + 8
-    batch = make_batch(random_rows(5), 3, 0, 1, TINY_VOCAB, 2, CPU)
+        rollouts = [region_loss(student, teacher, batch, MASK, {2}, END)[2] for batch in (causal, both)]
+        targets = [region_loss(student, teacher, batch, MASK, {2}, END)[3]
+                   for batch in (both, both._replace(teacher_mask=both.mask))]
+    assert torch.equal(rollouts[0][:, 0], rollouts[1][:, 0])        # slot 1 is read at the anchor, which is text
+    assert not torch.equal(*rollouts) and not torch.equal(*targets)
+
+
+class Opened:
+    """A student that keeps the hidden states of its pass, to look at their gradient."""
+
+    def __init__(self, student):
+        self.student, self.output_matrix = student, student.output_matrix
+
+    def __call__(self, *args, **more):
+        self.hidden = self.student(*args, **more)
+        self.hidden.retain_grad()
+        return self.hidden
+
+
+def test_soft_targets_of_an_equal_teacher(pair):
+    """At slot 1 student and teacher read the same text: the loss there is the entropy, which nothing can lower."""
+    student, _ = pair
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    opened, batch = Opened(student), make_batch(random_rows(3), 3, 0, 2, MASK, END, CPU)
+    slopes = {}
+    for soft in (True, False):
+        region_loss(opened, teacher, batch, MASK, {2}, END, soft)[0].backward()
+        slopes[soft] = opened.hidden.grad.view(-1, 3, student.config.hidden_size).norm(dim=-1)      # (N, k)
+        student.zero_grad(set_to_none=True)
+    assert slopes[True][:, 0].max() < 1e-5 < 0.01 < slopes[True][:, 1:].min() and slopes[False][:, 0].min() > 0.01
+    batch = make_batch(random_rows(3), 1, 0, 1, MASK, END, CPU)
     with torch.no_grad():
-        _, rollout, targets, _ = region_loss(student, teacher, *batch, TINY_VOCAB, {2}, 2)
-    assert (rollout != TINY_VOCAB).all() and (targets != TINY_VOCAB).all()
+        loss = region_loss(student, teacher, batch, MASK, {2}, END, soft=True)[0].item()
+        p = student(batch.ids, batch.position, batch.mask, at=batch.slots)[..., :MASK].softmax(dim=-1)
+    assert loss == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_portions_change_nothing(either_pair, kind, monkeypatch):
+    """Logits that exist for 3 slots at a time give the loss and the gradient of all at once."""
+    student, teacher = either_pair
+    batch = make_batch(random_rows(3, end_id=END), 4, 0, 2, MASK, END, CPU, prefix=True)
+    assert batch.slots[0].numel() > 30 and batch.slots[0].numel() % 3 and len(batch.next_token) % 3
+    results = []
+    for chunk in (3, 10_000):
+        monkeypatch.setattr(training, "CHUNK", chunk)
+        loss, prefix, *rest = region_loss(student, None if kind == "ground-truth" else teacher, batch, MASK, STOPS, END,
+                                          kind == "soft")
+        results.append((loss.item(), prefix.item(), rest, gradient(student, loss + prefix)))
+    (loss, prefix, rest, small), (whole_loss, whole_prefix, whole_rest, whole) = results
+    assert (loss, prefix) == pytest.approx((whole_loss, whole_prefix), rel=1e-5)
+    assert torch.equal(rest[0], whole_rest[0]) and torch.equal(rest[1], whole_rest[1])
+    torch.testing.assert_close(rest[2], whole_rest[2])
+    assert_same_gradients(small, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_passes_are_finite_and_close(either_pair, kind):
+    """As on a GPU: fp32 weights under autocast, a teacher in bf16. What is no candidate must not become 0 * -inf there."""
+    student, teacher = either_pair
+    batch = make_batch(random_rows(3), 4, 0, 2, MASK, END, CPU, prefix=True)
+    losses = []
+    for teacher, dtype in ((teacher, torch.float32), (copy.deepcopy(teacher).bfloat16(), torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss, prefix, *_ = region_loss(student, None if kind == "ground-truth" else teacher, batch, MASK, {2}, END,
+                                           kind == "soft")
+        losses.append((loss.item(), prefix.item()))
+        assert all(slope.isfinite().all() for slope in gradient(student, loss + prefix).values())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)          # NaN is close to nothing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_to_predict(pair, kind):
+    """A pass whose offset leaves no anchor: a loss of 0 with a gradient of 0 for every weight, which DDP waits for."""
+    student, teacher = pair
+    batch = make_batch(random_rows(3), 3, 50, 60, MASK, END, CPU)
+    assert batch.slots[0].numel() == 0
+    loss, prefix, rollout, targets, confidence = region_loss(student, None if kind == "ground-truth" else teacher, batch,
+                                                             MASK, STOPS, END, kind == "soft")
+    assert loss.item() == 0 == prefix and rollout.shape == targets.shape == confidence.shape == (0, 3)
+    assert all(slope is not None and not slope.any() for slope in gradient(student, loss).values())
+
+
+def test_gradients_and_candidates(either_pair):
+    """The gradient reaches the student alone, also through the mask's own row; the mask token is never chosen."""
+    student, teacher = (copy.deepcopy(model) for model in either_pair)
+    with torch.no_grad():                                           # make the mask token the favourite everywhere
+        for model in (student, teacher):
+            if len(model.lm_head.weight) > MASK:                    # a teacher whose matrix did not grow has no such row
+                model.lm_head.weight[MASK] = model.lm_head.weight[:MASK].sum(0) * 5
+    batch = make_batch(random_rows(4), 3, 0, 2, MASK, END, CPU)
+    for soft in (False, True):
+        loss, _, rollout, targets, _ = region_loss(student, teacher, batch, MASK, {2}, END, soft)
+        assert loss.isfinite() and (rollout != MASK).all() and (targets != MASK).all()
+        slopes = gradient(student, loss)
+        assert all(parameter.grad is None for parameter in teacher.parameters())
+        assert all(slope.isfinite().all() for slope in slopes.values())
+        assert slopes["model.embed_tokens.weight"][MASK].abs().sum() > 0 == slopes["lm_head.weight"][MASK].abs().sum()
 
 
 def test_k1_with_equal_weights_teaches_the_students_own_argmax(pair):
-    student, teacher = pair
-    batch = make_batch(random_rows(6), 1, 0, 1, TINY_VOCAB, 2, CPU)
+    student, _ = pair
+    batch = make_batch(random_rows(6), 1, 0, 1, MASK, END, CPU)
     with torch.no_grad():
-        _, rollout, targets, _ = region_loss(student, teacher, *batch, TINY_VOCAB, {2}, 2)
+        _, _, rollout, targets, _ = region_loss(student, copy.deepcopy(student), batch, MASK, {2}, END)
     assert rollout.tolist() == targets.tolist()
 
 
-def test_targets_behind_a_stop_token():
+def test_targets_behind_a_stop_token(pair):
     """At the stop token itself the teacher still decides; behind it nothing but the end is right."""
-    logits = F.one_hot(torch.tensor([[5, 6, 7, 8]]), 10).float()
-    assert hard_targets(logits, torch.tensor([[5, 1, 7, 8]]), {1, 3}, end_id=2).tolist() == [[5, 6, 2, 2]]
-    assert hard_targets(logits, torch.tensor([[5, 6, 7, 1]]), {1, 3}, end_id=2).tolist() == [[5, 6, 7, 8]]
+    assert behind_stop(torch.tensor([[5, 1, 7, 8], [5, 6, 7, 1], [3, 1, 5, 5], [5, 6, 7, 8]]), {1, 3}).tolist() == [
+        [False, False, True, True], [False] * 4, [False, True, True, True], [False] * 4]
+    student, teacher = pair
+    batch = make_batch(random_rows(3), 4, 0, 2, MASK, END, CPU)
+    with torch.no_grad():
+        _, _, rollout, never, _ = region_loss(student, teacher, batch, MASK, {MASK + 99}, END)      # nothing stops
+        stop = rollout[0, 1].item()
+        _, _, same, targets, _ = region_loss(student, teacher, batch, MASK, {stop}, END)
+    assert torch.equal(rollout, same)
+    behind = torch.tensor([[stop in row[:j] for j in range(4)] for row in rollout.tolist()])
+    assert behind[0].tolist() == [False, False, True, True] and not behind.all(dim=1).any()
+    assert (targets[behind] == END).all() and torch.equal(targets[~behind], never[~behind]) and (never[behind] != END).any()
 
 
 # --- what a step trains on
 
 def test_draws():
     """k covers 2..k_max evenly, the offset 0..stride-1, each whatever the other; rows come once an epoch."""
-    args = argparse.Namespace(seed=0, k=4, stride=3, curriculum=0)
-    draws = [training.draw_k_and_offset(step, args) for step in range(900)]
+    args = argparse.Namespace(seed=0, k=4, stride=3, curriculum=0, fixed_k=False)
+    draws = [draw_k_and_offset(step, args) for step in range(900)]
     counts = {pair: draws.count(pair) for pair in set(draws)}
     assert set(counts) == {(k, offset) for k in (2, 3, 4) for offset in (0, 1, 2)}
     assert min(counts.values()) > 65 and max(counts.values()) < 140         # 100 expected
     args.curriculum = 300
-    widest = [max(training.draw_k_and_offset(step, args)[0] for step in range(at, at + 60)) for at in (0, 90, 300)]
-    assert widest == [2, 3, 4]
+    drawn = [{draw_k_and_offset(step, args)[0] for step in range(at, at + 60)} for at in (0, 90, 300)]
+    assert drawn == [{2}, {2, 3}, {2, 3, 4}]
+    args.fixed_k = True                                             # always the widest, whatever else is drawn
+    assert [{draw_k_and_offset(step, args)[0] for step in range(at, at + 60)} for at in (0, 90, 300)] == [{2}, {3}, {4}]
+    args.curriculum = 0
+    assert [draw_k_and_offset(step, args) for step in range(900)] == [(4, offset) for _, offset in draws]
+    for args.fixed_k in (False, True):
+        args.k = 1
+        assert {draw_k_and_offset(step, args) for step in range(60)} == {(1, 0), (1, 1), (1, 2)}
     for epoch in range(2):
-        seen = [row for step in range(epoch * 5, epoch * 5 + 5) for row in training.draw_rows(range(10), 2, step, seed=1)]
+        seen = [row for step in range(epoch * 5, epoch * 5 + 5) for row in draw_rows(range(10), 2, step, seed=1)]
         assert sorted(seen) == list(range(10))
-    assert training.draw_rows(range(10), 2, 0, seed=1) != training.draw_rows(range(10), 2, 0, seed=2)
+    assert draw_rows(range(10), 2, 0, seed=1) != draw_rows(range(10), 2, 0, seed=2)
 
 
 def test_learning_rate():
@@ -247,7 +428,7 @@ def log_rows(out, event):
 
 
 SHORT = ("--data", "wordproblems", "--k", 3, "--batch-size", 4, "--seq-len", 160, "--warmup", 2, "--cooldown", 0,
-         "--lr", 2e-4, "--eval-every", 0)
+         "--lr", 2e-4, "--eval-every", 0, "--dtype", "fp32")
 
 
 def test_overfits_four_rows(tiny, tmp_path, monkeypatch):
@@ -265,16 +446,34 @@ def test_overfits_four_rows(tiny, tmp_path, monkeypatch):
     assert first["sample"].startswith("[1|") and final["sample"].startswith("[4|")
 
 
-def test_resumed_run_is_bit_equal(tiny, tmp_path, monkeypatch):
-    """Stopped at step 3 of 6 (by --steps of the first part: nothing but a cool-down depends on it) and continued."""
-    run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 6, "--out", tmp_path / "whole")
-    run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 3, "--out", tmp_path / "parts")
-    run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 6, "--out", tmp_path / "parts", "--resume")
-    whole, parts = (Transformer.from_pretrained(tmp_path / name / "latest").state_dict() for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert not torch.equal(whole["model.embed_tokens.weight"][:TINY_VOCAB],
-                           Transformer.from_pretrained(tiny).state_dict()["model.embed_tokens.weight"])
-    assert (tmp_path / "parts" / "latest").resolve().name == "step-6"
+@pytest.mark.parametrize("flags", [
+    ["--targets", "soft", "--bidirectional", "--micro-batch-size", 3], ["--targets", "hard", "--prefix-loss", 0.5],
+    ["--targets", "ground-truth", "--prefix-loss", 2, "--micro-batch-size", 1], ["--fixed-k", "--slot1-weight", 3]])
+def test_a_steps_loss_from_its_definition(tiny, tmp_path, monkeypatch, flags):
+    """The first step's loss as logged: the mean over slots, plus a weight times the mean over the answers' tokens."""
+    batches = []
+    monkeypatch.setattr(training, "make_batch", lambda *args: batches.append(make_batch(*args)) or batches[-1])
+    run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 1, "--stride", 9, *flags,
+              "--out", tmp_path / "out")
+    row, = log_rows(tmp_path / "out", "train")
+    start, = log_rows(tmp_path / "out", "start")
+    args, tokenizer = argparse.Namespace(**start), Tokenizer(tiny)
+    student, teacher = (Transformer.from_pretrained(tiny) for _ in range(2))
+    add_mask_token(student, MASK, args.seed)
+    k, offset = draw_k_and_offset(0, args)
+    rows = encode_rows(draw_rows(load_data("wordproblems", 1, 0)[0], 4, 0, 0), tokenizer, "chat", args.seq_len)
+    assert len(rows) == 4 and row["k"] == k == (3 if args.fixed_k else k)
+    with torch.no_grad():
+        _, targets, _, expected, prefix = region_by_region(
+            student, teacher, rows, k, offset, args.stride, tokenizer.stop_ids, tokenizer.end_id, kind=args.targets,
+            bidirectional=args.bidirectional, slot1=args.slot1_weight)
+    answers = sum(len(text) - prompt for prompt, text in rows)
+    assert row["slots"] == k * len(targets)
+    mean = expected.item() / row["slots"] + args.prefix_loss * prefix.item() / answers
+    assert row["loss"] == pytest.approx(mean, rel=1e-5)
+    assert any(len(batch.next_token) for batch in batches) == (args.prefix_loss > 0)    # no work that was not asked for
+    saved = read_json(tmp_path / "out" / "latest" / "config.json")["nanomtp"]
+    assert saved["bidirectional"] is args.bidirectional and saved["k_max"] == 3
 
 
 def test_accumulated_gradient_equals_the_whole_batch(tiny, tmp_path, monkeypatch):
@@ -286,30 +485,6 @@ def test_accumulated_gradient_equals_the_whole_batch(tiny, tmp_path, monkeypatch
     assert [row["slots"] for row in one] == [row["slots"] for row in four]
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in four], rel=1e-4)
     assert [row["gradient_norm"] for row in one] == pytest.approx([row["gradient_norm"] for row in four], rel=1e-3)
-
-
-def test_interrupt_saves(tiny, tmp_path, monkeypatch):
-    """Ctrl-C lets the step finish, saves it and exits with 130; --resume goes on from there."""
-    import signal
-    draw, calls = training.draw_rows, []
-
-    def draw_and_interrupt(*args):
-        calls.append(args)
-        if len(calls) == 3:                                         # 1: the timing pass, 2: step 1, 3: step 2
-            signal.raise_signal(signal.SIGINT)
-        return draw(*args)
-
-    monkeypatch.setattr(training, "draw_rows", draw_and_interrupt)
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 9, "--out", tmp_path / "out")
-    finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
-    assert stopped.value.code == 130 and (tmp_path / "out" / "latest").resolve().name == "step-2"
-    run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 3, "--out", tmp_path / "out", "--resume")
-    assert (tmp_path / "out" / "latest").resolve().name == "step-3"
 
 
 def test_non_finite_loss_names_step_and_checkpoint(tiny, tmp_path, monkeypatch):
@@ -328,16 +503,6 @@ def test_non_finite_loss_names_step_and_checkpoint(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "latest").resolve().name == "step-4"
 
 
-def test_resume_refuses_other_settings(tiny, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 1, "--out", out)
-    with pytest.raises(InputError, match="--stride 3, not 2"):
-        run_train(monkeypatch, "--model", tiny, *SHORT, "--stride", 2, "--steps", 2, "--out", out, "--resume")
-    with pytest.raises(InputError, match="already holds step-1"):
-        run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 2, "--out", out)
-    assert (out / "latest").resolve().name == "step-1"
-
-
 def test_more_refusals(tiny, tmp_path, monkeypatch):
     """Settings that would train in silence on what the model does not have, or grow its weights."""
     for flags, words in ((["--seq-len", 5000], "context"), (["--weight-decay", -1], "weight-decay"),
@@ -346,15 +511,25 @@ def test_more_refusals(tiny, tmp_path, monkeypatch):
             run_train(monkeypatch, "--model", tiny, *SHORT, *flags, "--out", tmp_path / "out")
 
 
-def test_a_step_saved_again_replaces_the_old_one(tiny, tmp_path, monkeypatch):
-    """Killed between the folder and `latest`: refused without --resume; with it, the run's own weights are what stays."""
-    out = tmp_path / "out"
-    run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 1, "--seed", 1, "--out", out)
-    before = Transformer.from_pretrained(out / "step-1").state_dict()["model.norm.weight"]
-    (out / "latest").unlink()
-    (out / "step-old").mkdir()                                      # somebody's own folder: not ours to count or delete
-    with pytest.raises(InputError, match="already holds"):
-        run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 1, "--out", out)
-    run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 1, "--out", out, "--resume")
-    after = Transformer.from_pretrained(out / "latest").state_dict()["model.norm.weight"]
-    assert not torch.equal(before, after) and (out / "step-old").is_dir()
+def test_compile(tiny, tmp_path, monkeypatch):
+    """The same run, and names in the checkpoint that know nothing of it. The passes are traced as always, but then run as
+    they are: generating code would take a minute here."""
+    compiled, compile = [], Transformer.compile
+
+    def without_code(model, **settings):
+        compiled.append(settings)
+        compile(model, backend="eager", **settings)
+
+    monkeypatch.setattr(Transformer, "compile", without_code)
+    for name in ("compile", "no-compile"):
+        run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 2, f"--{name}", "--out", tmp_path / name)
+    torch.compiler.reset()
+    assert compiled == [{"dynamic": True}] * 2                      # student and teacher
+    ours, plain = (log_rows(tmp_path / name, "train") for name in ("compile", "no-compile"))
+    for name in ("loss", "gradient_norm"):
+        assert [row[name] for row in ours] == pytest.approx([row[name] for row in plain], rel=1e-4)
+    weights = load_file(tmp_path / "compile" / "latest" / "model.safetensors")
+    state = torch.load(tmp_path / "compile" / "latest" / "trainer.pt", weights_only=True)
+    assert weights.keys() == load_file(tmp_path / "no-compile" / "latest" / "model.safetensors").keys()
+    assert weights.keys() == state["optimizer"]["state"].keys() and not any("_orig_mod" in name for name in weights)
+    run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 3, "--resume", "--out", tmp_path / "compile")
