@@ -260,9 +260,12 @@ def save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id):
                        temporary / "trainer.pt")
         except RuntimeError:                                            # how torch's writer reports a short write
             raise OSError("the optimizer's state could not be written whole; is the disk full?") from None
-    link = out / f".latest-{os.getpid()}"
-    link.symlink_to(folder.name)
-    link.replace(out / "latest")
+    try:
+        link = out / f".latest-{os.getpid()}"
+        link.symlink_to(folder.name)
+        link.replace(out / "latest")
+    except OSError as error:
+        raise InputError(f"cannot write {out}/latest: {error.strerror}") from None
     steps = [path for path in out.glob("step-*") if path.name[5:].isdigit()]
     for old in sorted(steps, key=lambda path: int(path.name[5:]))[:-2]:
         shutil.rmtree(old)
@@ -275,6 +278,8 @@ def load_trainer(out, args):
         state = torch.load(out / "latest" / "trainer.pt", weights_only=True, map_location="cpu")
     except Exception as error:
         raise InputError(f"cannot resume from {out}/latest: {error}") from None
+    if "rng" not in state:
+        raise InputError(f"{out}/latest was written by an older train.py, which kept less: start anew with another --out")
     for name, was in state["args"].items():
         if name not in MAY_CHANGE and getattr(args, name, was) != was:
             raise InputError(f"{out} was trained with --{name.replace('_', '-')} {was}, not {getattr(args, name)}: "

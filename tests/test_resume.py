@@ -179,6 +179,28 @@ def test_resume_refuses_other_settings(common, one_step, flags, message):
     assert everything_under(one_step) == before and newest(one_step) == 1
 
 
+def test_trainer_of_an_older_version(common, tmp_path):
+    """What lacks the generators' states was written before parameters had names in it: one line, nothing touched."""
+    out = train_briefly(tmp_path / "out", *common, "--steps", 1)
+    state = trainer(out)
+    del state["rng"]
+    torch.save(state, out / "latest" / "trainer.pt")
+    before = everything_under(out)
+    assert_refused(cli(training, *common, "--steps", 2, "--out", out, "--resume"), "older train.py")
+    assert everything_under(out) == before
+
+
+def test_disk_full_at_the_link(common, tmp_path, monkeypatch):
+    """The checkpoint is written, but `latest` cannot be moved: one line, and it still points to the one before."""
+    out = train_briefly(tmp_path / "out", *common, "--steps", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Path, "symlink_to", no_space)
+        result = cli(training, *common, "--steps", 2, "--out", out, "--resume")
+    assert result.code == 2 and f"cannot write {out}/latest" in result.err and "Traceback" not in result.err
+    assert newest(out) == 1
+    assert cli(training, *common, "--steps", 2, "--out", out, "--resume").code == 0 and newest(out) == 2
+
+
 def test_a_step_saved_again_replaces_the_old_one(common, tmp_path):
     """Killed between the folder and `latest`: refused without --resume; with it, the run's own weights are what stays."""
     out = train_briefly(tmp_path / "out", *common, "--steps", 1, "--seed", 1)
