@@ -177,6 +177,7 @@ def confidence_plots(path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
     for (name, bins), colour, marker in zip(record["calibration"].items(), COLOURS, "os"):
+        bins = [b for b in bins if b["tokens"] >= 10]                       # fewer say nothing
         left.errorbar([b["confidence"] for b in bins], [b["agrees"] for b in bins], [b["stderr"] for b in bins],
                       color=colour, marker=marker, capsize=3, label=name)
         for b in bins:
@@ -203,6 +204,7 @@ FIGURES = {
     "answer.png": lambda: chunked_answer(RESULTS / "tiny-k8" / "rows.jsonl.gz", RESULTS.parent / "checkpoints" / "tiny",
                                          ["static 1", "adaptive 0.99"]),
     "training-smollm2-gsm8k-k4.png": lambda: training_curves(RESULTS / "smollm2-gsm8k-k4" / "log.jsonl"),
+    "confidence-tiny-k8.png": lambda: confidence_plots(RESULTS / "confidence-tiny-k8" / "confidence.json"),
     "pareto-tiny-k8.png": lambda: pareto_plot(read_json(RESULTS / "tiny-k8" / "table.json")["table"]),
 }
 
