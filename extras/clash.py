@@ -13,7 +13,6 @@ says that 7 goes with apples. The teacher reads what slot 1 has written, so it k
 Counted over unseen questions: how many first chunks of an answer, all slots greedy, belong together. OUT/clash.md.
 """
 import argparse
-import itertools
 import json
 import random
 import subprocess
@@ -83,15 +82,15 @@ def main():
     if out.exists() and not args.resume:
         raise InputError(f"{out} exists: add --resume to go on, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    rows = list(itertools.islice({row["question"]: row for row in rows_of(args.seed, 4000 + 2 * args.limit)}.values(),
-                                 2000 + args.limit))
+    # as many rows as are read: what comes round again is learned by heart, the coin with it
+    rows = list({row["question"]: row for row in rows_of(args.seed, 32 * args.steps + args.limit + 100)}.values())
     unseen, seen = rows[:args.limit], rows[args.limit:]
     (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in seen), encoding="utf-8")
 
     def train(name, *flags):
         command = [sys.executable, str(ROOT / "train.py"), "--data", str(out / "rows.jsonl"), "--prompt-format", "plain",
                    "--out", str(out / name), "--seed", str(args.seed), "--steps", str(args.steps), "--stride", "1",
-                   "--eval-every", "0", "--eval-prompts", "1", "--resume", *flags]
+                   "--batch-size", "32", "--eval-every", "0", "--eval-prompts", "1", "--resume", *flags]
         if subprocess.run(command).returncode:
             raise InputError(f"train.py failed for {name}, see above")
         return out / name / "latest"
