@@ -432,7 +432,7 @@ def pick_dtype(name, device):
 
 def keep_freed_memory():
     """Tell glibc to keep what is freed. Else every large tensor's memory goes back to the system and comes back page by
-    page, filled with zeros: 17 s for a training step of SmolLM2-135M on two CPU cores, against 11 s (results/efficiency)."""
+    page, filled with zeros: up to a tenth of a training step of SmolLM2-135M on two cores (results/efficiency-smollm2)."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:                                                         # no glibc: macOS

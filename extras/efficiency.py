@@ -66,10 +66,10 @@ def contenders(args):
     } | ({"now, stride 1, --compile": (ROOT, ["--stride", "1", "--compile"])} if args.compile else {})
 
 
-def one_round(checkout, flags, args):
+def one_round(checkout, model, flags, args):
     """Train for --steps steps. Returns the log's rows but the first (cold caches) and the peak resident memory, bytes."""
     out = tempfile.mkdtemp()
-    common = ["--model", args.model, "--data", args.data, "--k", args.k, "--batch-size", args.batch_size,
+    common = ["--model", model, "--data", args.data, "--k", args.k, "--batch-size", args.batch_size,
               "--micro-batch-size", args.micro_batch_size, "--seq-len", args.seq_len, "--steps", args.steps,
               "--eval-every", 0, "--eval-prompts", 1, "--seed", args.seed, "--device", args.device, "--dtype", args.dtype]
     child = subprocess.Popen([sys.executable, str(checkout / "train.py"), *map(str, common), "--out", str(Path(out) / "run"),
@@ -111,14 +111,14 @@ def main():
         raise InputError(f"{args.before} is no checkout of this project: git worktree add {args.before} COMMIT")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    body, head = weights_of(resolve(args.model, args.cache))
-    args.model = str(resolve(args.model, args.cache))
+    folder = resolve(args.model, args.cache)
+    body, head = weights_of(folder)
 
     rounds, peaks, rates = {}, {}, []
     for number in range(args.rounds):
         rates.append(matmul_rate(device, dtype))
         for name, (checkout, flags) in contenders(args).items():
-            rows, peak = one_round(checkout, flags, args)
+            rows, peak = one_round(checkout, folder, flags, args)
             slots, fed, seconds = (sum(row[key] for row in rows) for key in ("slots", "fed_tokens", "seconds"))
             flop = 4 * 2 * (body * fed + head * slots)
             rounds.setdefault(name, []).append({"slots": slots, "fed_tokens": fed, "seconds": seconds, "flop": flop,

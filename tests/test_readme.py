@@ -144,6 +144,18 @@ def test_memory_is_that_of_the_plans():
                 assert cell.split()[:3] == (["no"] if best == 0 else ["up", "to", str(best)])
 
 
+def test_training_speeds_are_those_of_the_race():
+    labels = {"before, stride 3": 0, "now, stride 3": 1, "now, the paper's density": 2, "now, stride 2": 3,
+              "now, stride 1": 4, "the same, half the micro batch": 5}
+    for column, run in ((1, "efficiency-tiny"), (4, "efficiency-smollm2")):
+        table = json.loads((ROOT / "results" / run / "efficiency.json").read_text())["table"]
+        for label, place in labels.items():
+            (cells,), entry = table_rows(label), table[place]
+            speed, first = (e["supervised_tokens_per_second"] for e in (entry, table[0]))
+            assert cells[column:column + 3] == [f"{speed:.0f} ({speed / first:.2f}x)", f"{entry['utilisation']:.0%}",
+                                                f"{entry['peak_bytes'] / 1e9:.2f}"]
+
+
 # --- the laptop's block, in short
 
 SHORT = {"train.py": ["--steps", "2", "--batch-size", "2", "--eval-prompts", "2"], "sample.py": ["--max-new-tokens", "16"],
