@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import WordProblems, read_hub, read_jsonl
 from extras import parallel
 from model import DTYPES, machine, pick_device, pick_dtype
-from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, read_json, resolve, run, weight_files, write_json
+from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, at_least, read_json, resolve, run, weight_files, write_json
 from sample import Generation, default_model, generate, load, shared_prefix, speeds, strategy, strategy_name
 
 # Prompt formats beside the tokenizer's own two, "plain" and "chat": lm-eval's gsm8k_cot and gsm8k_cot_zeroshot
@@ -322,13 +322,9 @@ def get_args():
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is fast (%(default)s)")
     args = parser.parse_args()
-    for name in ("limit", "max_new_tokens", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    at_least(args, limit=1, max_new_tokens=1, batch_size=1, shots=0)
     if "" in (args.stop or []):
         raise InputError("--stop must not be empty")
-    if args.shots < 0:
-        raise InputError("--shots must be at least 0")
     return args
 
 

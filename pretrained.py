@@ -57,6 +57,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message} (see python {self.prog} --help)")
 
 
+def at_least(args, **least):
+    """Raise InputError for the first flag that is below its least value: at_least(args, limit=1). None is never below."""
+    for name, value in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < value:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {value}")
+
+
 def run(main):
     """Call `main()`. An InputError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:

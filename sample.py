@@ -41,7 +41,7 @@ import torch
 
 from data import WordProblems, read_jsonl
 from model import DTYPES, KVCache, Transformer, pick_device, pick_dtype
-from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, resolve, run
+from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, at_least, resolve, run
 from regions import attention_mask, make_layout
 from tokenizer import Tokenizer
 
@@ -433,9 +433,7 @@ def main():
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is fast (%(default)s)")
     args = parser.parse_args()
-    for name in ("batch_size", "max_new_tokens", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    at_least(args, batch_size=1, max_new_tokens=1, limit=1)
     if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         raise InputError("--temperature and --top-k must be at least 0, --top-p above 0 and at most 1")
     if args.lossless and args.temperature > 0:

@@ -49,7 +49,7 @@ from eval_gsm8k import extract_flexible, normalise
 from extras import parallel
 from model import (DTYPES, Transformer, add_mask_token, keep_freed_memory, machine, peak_memory, pick_device, pick_dtype,
                    save_pretrained)
-from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, new_folder, resolve, run
+from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, at_least, new_folder, resolve, run
 from regions import PADDING, attention_mask, choose_anchors, make_layout
 from sample import chunks_of, generate, printable, shared_prefix
 from tokenizer import Tokenizer
@@ -356,11 +356,8 @@ def get_args():
     args = parser.parse_args()
     parser.set_defaults(**PRESETS[args.preset])
     args = parser.parse_args()                                                  # once more: flags win over the preset
-    at_least = dict(k=1, stride=1, batch_size=1, micro_batch_size=1, seq_len=8, steps=1, log_every=1, save_every=1,
-                    eval_prompts=1, eval_tokens=1, warmup=0, cooldown=0, curriculum=0, overfit=0, eval_every=0)
-    for name, least in at_least.items():
-        if getattr(args, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
+    at_least(args, k=1, stride=1, batch_size=1, micro_batch_size=1, seq_len=8, steps=1, log_every=1, save_every=1,
+             eval_prompts=1, eval_tokens=1, warmup=0, cooldown=0, curriculum=0, overfit=0, eval_every=0)
     if args.k == 1 and args.targets != "ground-truth":
         raise InputError("--k must be at least 2: with k = 1 there is nothing to distil (ordinary next-token training is "
                          "--k 1 --targets ground-truth)")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from model import machine
-from pretrained import ArgumentParser, InputError, read_json, run, write_json
+from pretrained import ArgumentParser, InputError, at_least, read_json, run, write_json
 
 # Name: (flags, number of seeds, what the paper measured: accuracy in %, tokens per forward at threshold 0.9, on GSM8K with
 # an 8B model, section on ablations; None where the paper has no such run)
@@ -127,11 +127,7 @@ def main():
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--dtype", default="auto", help="auto, fp32, bf16 (%(default)s)")
     args = parser.parse_args()
-    for name in ("k", "steps", "seeds", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} must be at least 1")
-    if args.k < 3:
-        raise InputError("--k must be at least 3: the table has a column for static 3")
+    at_least(args, k=3, steps=1, seeds=1, limit=1)                      # k: the table has a column for static 3
     out = Path(args.out)
     if out.exists() and any(out.iterdir()) and not args.resume:
         raise InputError(f"{out} exists: add --resume to go on, or choose another --out")

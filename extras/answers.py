@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data import load_data
 from model import DTYPES, Transformer, keep_freed_memory, pick_device, pick_dtype
-from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, resolve, run
+from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, at_least, resolve, run
 from sample import generate
 from tokenizer import Tokenizer
 
@@ -37,9 +37,7 @@ def main():
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is fast (%(default)s)")
     args = parser.parse_args()
-    for name in ("limit", "max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    at_least(args, limit=1, max_new_tokens=1, batch_size=1)
     out = Path(args.out)
     if out.suffix != ".jsonl":
         raise InputError(f"--out {out} must end in .jsonl, which is how --data knows such a file")

@@ -23,7 +23,7 @@ import torch
 
 from data import NAMES, THINGS
 from model import machine
-from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, run, write_json
+from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, at_least, run, write_json
 from sample import generate, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,8 +76,7 @@ def main():
     parser.add_argument("--out", default="out-clash", help="folder for the runs and what came out (%(default)s)")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with what is in --out")
     args = parser.parse_args()
-    if args.k < 2 or args.steps < 1 or args.limit < 1:
-        raise InputError("--k must be at least 2, --steps and --limit at least 1")
+    at_least(args, k=2, steps=1, limit=1)
     out = Path(args.out)
     if out.exists() and not args.resume:
         raise InputError(f"{out} exists: add --resume to go on, or choose another --out")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from eval_gsm8k import load_questions, log_likelihoods
 from model import DTYPES, machine, pick_device, pick_dtype
-from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, run, write_json
+from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, at_least, run, write_json
 from sample import default_model, generate, load
 
 EDGES = [0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0]
@@ -77,9 +77,7 @@ def main():
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is fast (%(default)s)")
     args = parser.parse_args()
-    for name in ("limit", "max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    at_least(args, limit=1, max_new_tokens=1, batch_size=1)
     questions, _ = load_questions(args.data, args.limit, 0, args.seed)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)

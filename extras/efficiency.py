@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from model import DTYPES, Config, Transformer, machine, pick_device, pick_dtype
-from pretrained import ArgumentParser, InputError, read_json, resolve, run, write_json
+from pretrained import ArgumentParser, InputError, at_least, read_json, resolve, run, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,9 +104,7 @@ def main():
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="of the passes (%(default)s)")
     args = parser.parse_args()
-    for name, least in dict(k=2, batch_size=1, micro_batch_size=2, steps=2, rounds=1, seq_len=8).items():
-        if getattr(args, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
+    at_least(args, k=2, batch_size=1, micro_batch_size=2, steps=2, rounds=1, seq_len=8)
     if args.before and not (Path(args.before) / "train.py").exists():
         raise InputError(f"{args.before} is no checkout of this project: git worktree add {args.before} COMMIT")
     device = pick_device(args.device)
