@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 from data import WordProblems, read_hub, read_jsonl
 from extras import parallel
-from model import DTYPES, machine, pick_device, pick_dtype
+from extras.machine import DTYPES, machine, pick_device, pick_dtype
+from extras.report import shared_prefix, speeds
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, at_least, read_json, resolve, run, weight_files, write_json
-from sample import Generation, default_model, generate, load, shared_prefix, speeds, strategy, strategy_name
+from sample import Generation, default_model, generate, load, strategy, strategy_name
 
 # Prompt formats beside the tokenizer's own two, "plain" and "chat": lm-eval's gsm8k_cot and gsm8k_cot_zeroshot
 QA_FORMATS = {"qa": "Q: {question}\nA:", "qa-step": "Q: {question}\nA: Let's think step by step."}
@@ -211,34 +212,6 @@ def markdown(table):
     return "\n".join(lines) + "\n"
 
 
-def pareto_plot(table):
-    """Accuracy against tokens per forward (the paper's figure 5 in form): static and adaptive, with standard errors.
-
-    Returns a matplotlib figure.
-    """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for kind, colour, marker in (("static", "#E69F00", "s"), ("adaptive", "#0072B2", "o"), ("lossless", "#009E73", "D"),
-                                 ("start", "#000000", "*")):
-        points = sorted((e["tokens_per_forward"], 100 * e["accuracy"], 100 * e["stderr"], e["strategy"])
-                        for e in table if e["strategy"].startswith(kind))
-        if points:
-            x, y, error, names = zip(*points)
-            axis.errorbar(x, y, error, color=colour, marker=marker, capsize=3, label=kind)
-            for x, y, name in zip(x, y, names):
-                axis.annotate(name.split(maxsplit=1)[1] if kind != "start" else "start", (x, y), fontsize=8, color=colour,
-                              xytext=(-4, -12) if kind == "adaptive" else (4, 6), textcoords="offset points",
-                              horizontalalignment="right" if kind == "adaptive" else "left")
-    axis.set(xlabel="tokens per forward", ylabel="accuracy, %", title=f"{table[0]['questions']} questions")
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    return figure
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows on disk
 
@@ -406,6 +379,7 @@ def main():
         processes = sorted({row.get("processes", 1) for batch in done.values() for row in batch})
         write_json(out / "table.json", {"settings": settings, **machine(device), "processes": processes, "table": table})
         (out / "table.md").write_text(markdown(table), encoding="utf-8")
+        from extras.figures import pareto_plot  # matplotlib takes a second to load
         pareto_plot(table).savefig(out / "pareto.png", dpi=150)
         print(f"\n{markdown(table)}\n{out}/table.md, table.json, pareto.png, rows.jsonl")
     parallel.leave()

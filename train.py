@@ -32,7 +32,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -47,13 +46,14 @@ from tqdm import tqdm
 from data import draw_rows, encode_rows, load_data
 from eval_gsm8k import extract_flexible, normalise
 from extras import parallel
-from model import (DTYPES, Transformer, add_mask_token, keep_freed_memory, machine, peak_memory, pick_device, pick_dtype,
-                   save_pretrained)
-from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, at_least, new_folder, resolve, run
+from extras.checkpoint import load_trainer, remove_leftovers, restore, save_checkpoint
+from extras.machine import DTYPES, keep_freed_memory, machine, peak_memory, pick_device, pick_dtype
+from extras.report import chunks_of, printable, shared_prefix
+from model import Transformer, add_mask_token
+from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, at_least, resolve, run
 from regions import PADDING, attention_mask, choose_anchors, make_layout
-from sample import chunks_of, generate, printable, shared_prefix
+from sample import generate
 from tokenizer import Tokenizer
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Objective (paper, section on the online self-distillation loss). M is any number of slots.
@@ -139,13 +139,18 @@ def region_loss(student, teacher, batch, mask_id, stop_ids, end_id, soft=False, 
             ended = behind_stop(rollout, stop_ids)
             targets = most_likely(said, teacher_head)[0].view_as(row).masked_fill(ended, end_id)
             by_distribution = ~ended & soft                                                 # (N, k)
-    loss, in_slot1 = 0.0, torch.zeros_like(rollout, dtype=torch.bool)
-    in_slot1[:, 0] = True
-    for weight, chosen in [(slot1_weight, in_slot1), (1.0, ~in_slot1)] if slot1_weight != 1 else [(1.0, in_slot1 | True)]:
+
+    def loss_at(chosen):                                                                    # (N, k) bool -> their sum
         one_hot, distribution = (chosen & ~by_distribution).flatten(), (chosen & by_distribution).flatten()
-        loss = loss + weight * hard_loss(hidden[one_hot], student_head, targets.flatten()[one_hot])
+        loss = hard_loss(hidden[one_hot], student_head, targets.flatten()[one_hot])
         if distribution.any():
-            loss = loss + weight * soft_loss(hidden[distribution], student_head, said[distribution], teacher_head)
+            loss = loss + soft_loss(hidden[distribution], student_head, said[distribution], teacher_head)
+        return loss
+
+    everywhere = torch.ones_like(rollout, dtype=torch.bool)
+    loss = loss_at(everywhere)
+    if slot1_weight != 1:
+        loss = loss + (slot1_weight - 1) * loss_at(everywhere.cumsum(dim=1) == 1)
     prefix_loss = hard_loss(prefix_hidden, student_head, batch.next_token) if len(batch.next_token) else 0.0
     return loss, prefix_loss, rollout, targets, confidence
 
@@ -230,61 +235,6 @@ def evaluate(student, tokenizer, rows, args, mask_id):
         report["agreement_with_k1"] = shared / sum(len(r.tokens) for r in plain)        # tokens before the first difference
         report["sample"] = "".join(f"[{len(chunk)}|{tokenizer.decode(chunk)}]" for chunk in chunks_of(adaptive[0]))
     return report
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints: out/step-N is a Hugging Face folder plus trainer.pt; out/latest points to the newest
-
-MAY_CHANGE = ("resume", "out", "cache", "steps", "minutes", "device", "micro_batch_size", "compile", "fsdp", "eval_every",
-              "eval_tokens", "log_every", "save_every")                         # between a run and its resumption
-
-
-def save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id):
-    """Write out/step-N whole or not at all, point out/latest to it, keep the last two. Returns its path.
-
-    All ranks call it, rank 0 writes. What a step reads follows from (seed, step), so `step` is also the position in the
-    data; random number generators are kept all the same, for whoever adds dropout.
-    """
-    folder = out / f"step-{step}"
-    weights, optimizer_state = parallel.whole_state(student, optimizer)
-    if parallel.rank_and_world()[0] > 0:
-        return folder
-    with new_folder(folder) as temporary:
-        save_pretrained(student, temporary, args.k > 1 and {
-            "mask_token_id": mask_id, "k_max": args.k, "bidirectional": args.bidirectional,
-            "prompt_format": args.prompt_format, "data": args.data, "steps": step}, weights)
-        tokenizer.save(temporary, mask_id)
-        rng = {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        try:
-            torch.save({"step": step, "args": vars(args), "optimizer": optimizer_state, "rng": rng},
-                       temporary / "trainer.pt")
-        except RuntimeError:                                            # how torch's writer reports a short write
-            raise OSError("the optimizer's state could not be written whole; is the disk full?") from None
-    try:
-        link = out / f".latest-{os.getpid()}"
-        link.symlink_to(folder.name)
-        link.replace(out / "latest")
-    except OSError as error:
-        raise InputError(f"cannot write {out}/latest: {error.strerror}") from None
-    steps = [path for path in out.glob("step-*") if path.name[5:].isdigit()]
-    for old in sorted(steps, key=lambda path: int(path.name[5:]))[:-2]:
-        shutil.rmtree(old)
-    return folder
-
-
-def load_trainer(out, args):
-    """trainer.pt of the newest checkpoint. Raises InputError where the run was started with other settings."""
-    try:
-        state = torch.load(out / "latest" / "trainer.pt", weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise InputError(f"cannot resume from {out}/latest: {error}") from None
-    if "rng" not in state:
-        raise InputError(f"{out}/latest was written by an older train.py, which kept less: start anew with another --out")
-    for name, was in state["args"].items():
-        if name not in MAY_CHANGE and getattr(args, name, was) != was:
-            raise InputError(f"{out} was trained with --{name.replace('_', '-')} {was}, not {getattr(args, name)}: "
-                             "resume with the same settings, or start anew with another --out")
-    return state
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -411,8 +361,8 @@ def main():
     try:
         out.mkdir(parents=True, exist_ok=True)
         log = open(out / "log.jsonl" if rank == 0 else os.devnull, "ab", buffering=0)
-        for left in [*out.glob(".step-*"), *out.glob(".latest-*")] if rank == 0 else []:
-            left.unlink() if left.is_symlink() else shutil.rmtree(left)         # by a run that was killed while saving
+        if rank == 0:
+            remove_leftovers(out)
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}") from None
     torch.set_float32_matmul_precision("high")
@@ -445,11 +395,7 @@ def main():
         lr=args.lr, betas=(0.9, 0.95), fused=True)
     first_step, saved = 0, None
     if resuming:
-        parallel.load_optimizer(student, optimizer, state.pop("optimizer"))
-        random.setstate(state["rng"]["python"])
-        torch.set_rng_state(state["rng"]["torch"])
-        if len(state["rng"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        restore(state, student, optimizer)
         first_step, saved = state["step"], (out / "latest").resolve()
     mixed = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 

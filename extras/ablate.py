@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from model import machine
+from extras.machine import machine
 from pretrained import ArgumentParser, InputError, at_least, read_json, run, write_json
 
 # Name: (flags, number of seeds, what the paper measured: accuracy in %, tokens per forward at threshold 0.9, on GSM8K with

@@ -14,7 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import load_data
-from model import DTYPES, Transformer, keep_freed_memory, pick_device, pick_dtype
+from extras.machine import DTYPES, keep_freed_memory, pick_device, pick_dtype
+from model import Transformer
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, at_least, resolve, run
 from sample import generate
 from tokenizer import Tokenizer

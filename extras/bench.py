@@ -25,7 +25,8 @@ import torch
 from tqdm import tqdm
 
 from data import WordProblems
-from model import DTYPES, KVCache, machine, pick_device, pick_dtype
+from extras.machine import DTYPES, machine, pick_device, pick_dtype
+from model import KVCache
 from pretrained import ArgumentParser, InputError, resolve, run, write_json
 from sample import default_model, generate, load, strategy_name
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from data import NAMES, THINGS
-from model import machine
+from extras.machine import machine
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, at_least, run, write_json
 from sample import generate, load
 

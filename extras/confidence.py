@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from eval_gsm8k import load_questions, log_likelihoods
-from model import DTYPES, machine, pick_device, pick_dtype
+from extras.machine import DTYPES, machine, pick_device, pick_dtype
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, at_least, run, write_json
 from sample import default_model, generate, load
 

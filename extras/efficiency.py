@@ -26,7 +26,8 @@ from pathlib import Path
 
 import torch
 
-from model import DTYPES, Config, Transformer, machine, pick_device, pick_dtype
+from extras.machine import DTYPES, machine, pick_device, pick_dtype
+from model import Config, Transformer
 from pretrained import ArgumentParser, InputError, at_least, read_json, resolve, run, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

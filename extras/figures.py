@@ -16,10 +16,10 @@ import torch
 matplotlib.use("Agg")               # no window
 import matplotlib.pyplot as plt  # noqa: E402
 
-from eval_gsm8k import pareto_plot  # noqa: E402
+from extras.report import chunks_of  # noqa: E402
 from pretrained import ArgumentParser, InputError, read_json, run  # noqa: E402
 from regions import TEXT, attention_mask, make_layout  # noqa: E402
-from sample import Generation, chunks_of  # noqa: E402
+from sample import Generation  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
@@ -195,6 +195,30 @@ def confidence_plots(path):
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def pareto_plot(table):
+    """Accuracy against tokens per forward (the paper's figure 5 in form): static and adaptive, with standard errors.
+
+    Returns a matplotlib figure.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for kind, colour, marker in (("static", "#E69F00", "s"), ("adaptive", "#0072B2", "o"), ("lossless", "#009E73", "D"),
+                                 ("start", "#000000", "*")):
+        points = sorted((e["tokens_per_forward"], 100 * e["accuracy"], 100 * e["stderr"], e["strategy"])
+                        for e in table if e["strategy"].startswith(kind))
+        if points:
+            x, y, error, names = zip(*points)
+            axis.errorbar(x, y, error, color=colour, marker=marker, capsize=3, label=kind)
+            for x, y, name in zip(x, y, names):
+                axis.annotate(name.split(maxsplit=1)[1] if kind != "start" else "start", (x, y), fontsize=8, color=colour,
+                              xytext=(-4, -12) if kind == "adaptive" else (4, 6), textcoords="offset points",
+                              horizontalalignment="right" if kind == "adaptive" else "left")
+    axis.set(xlabel="tokens per forward", ylabel="accuracy, %", title=f"{table[0]['questions']} questions")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
     return figure
 
 

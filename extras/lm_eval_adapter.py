@@ -21,9 +21,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 from tqdm import tqdm
 
 from eval_gsm8k import log_likelihoods
-from model import DTYPES, machine, pick_device, pick_dtype
+from extras.machine import DTYPES, machine, pick_device, pick_dtype
+from extras.report import summary
 from pretrained import ArgumentParser, InputError, run, write_json
-from sample import default_model, generate, load, strategy, summary
+from sample import default_model, generate, load, strategy
 
 
 @register_model("nanomtp")
@@ -32,7 +33,7 @@ class NanoMTP(TemplateLM):
 
     prompt_format   what is made of a request's text, its worked examples included: "text" nothing (BOS in front where
                     the model wants one), "plain" and "chat" as in training: all of it is one question
-    batches         after a run: the Generations of every batch, for `sample.summary`
+    batches         after a run: the Generations of every batch, for `report.summary`
     """
     backend = "causal"                                      # TemplateLM: a continuation is encoded behind its context
 

@@ -30,7 +30,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
-from model import DTYPES, Config, Transformer, keep_freed_memory, machine, peak_memory, pick_device, pick_dtype
+from extras.machine import DTYPES, keep_freed_memory, machine, peak_memory, pick_device, pick_dtype
+from model import Config, Transformer
 from pretrained import ArgumentParser, InputError, read_json, resolve, run, write_json
 from regions import choose_anchors
 

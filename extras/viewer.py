@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 
 from data import WordProblems
-from model import DTYPES, pick_device, pick_dtype
+from extras.machine import DTYPES, pick_device, pick_dtype
+from extras.report import chunks_of, printable, shared_prefix
 from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, run
 from regions import attention_mask, make_layout
-from sample import chunks_of, default_model, generate, load, printable, shared_prefix, strategy, strategy_name
+from sample import default_model, generate, load, strategy, strategy_name
 
 TEMPLATE = Path(__file__).with_name("viewer.html")
 

@@ -10,8 +10,10 @@ Shared by all tests: tiny random checkpoints, and the real SmolLM2 where it can 
 Weights and tokenizer come from transformers and tokenizers, never from our own code: what we compare with must not
 share our mistakes.
 """
+import contextlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -108,17 +110,35 @@ def tiny_checkpoint(folder, family="llama", tied=True, seed=0, **overrides):
     return Path(folder)
 
 
-def train_briefly(out, *flags):
-    """Two steps of train.py into `out`, which is returned: a checkpoint with a mask token that answers nonsense."""
+@contextlib.contextmanager
+def signals_kept():
+    """train.py takes Ctrl-C and SIGTERM over; pytest needs them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_train(*flags):
+    """`python train.py FLAGS` in this process."""
     import train
 
-    argv, sys.argv = sys.argv, ["train.py", "--steps", "2", "--batch-size", "2", "--eval-every", "0", "--out", str(out),
-                                *map(str, flags)]
-    try:
+    with pytest.MonkeyPatch.context() as patch, signals_kept():
+        patch.setattr(sys, "argv", ["train.py", *map(str, flags)])
         train.main()
-    finally:
-        sys.argv = argv
+
+
+def train_briefly(out, *flags):
+    """Two steps of train.py into `out`, which is returned: a checkpoint with a mask token that answers nonsense."""
+    run_train("--steps", 2, "--batch-size", 2, "--eval-every", 0, "--out", out, *flags)
     return out
+
+
+def log_rows(out, event):
+    """The rows of a run's log.jsonl for one kind of event, in order."""
+    return [row for row in map(json.loads, open(out / "log.jsonl")) if row["event"] == event]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY_VOCAB
+from conftest import ROOT, TINY_VOCAB, log_rows, signals_kept
 from safetensors.torch import load_file
 
 import data
@@ -25,6 +24,7 @@ import eval_gsm8k
 import pretrained
 import sample
 import train as training
+from extras import report
 from tokenizer import MASK_TOKEN, Tokenizer
 
 SCRIPTS = {"train.py": training, "sample.py": sample, "eval_gsm8k.py": eval_gsm8k, "data.py": data,
@@ -41,18 +41,15 @@ class Terminal(io.StringIO):
 def cli(module, *argv, stream=io.StringIO):
     """Run `python MODULE.py ARGV` in this process. A traceback is not caught: it fails the test."""
     out, err, code = stream(), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    quiet = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with pytest.MonkeyPatch.context() as patch, signals_kept(), quiet[0], quiet[1]:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
-        printer = sample.ChunkPrinter
+        printer = report.ChunkPrinter
         patch.setattr(sample, "ChunkPrinter", lambda tokenizer: printer(tokenizer, sys.stdout))     # the one of now
         try:
             pretrained.run(module.main)
         except SystemExit as stopped:
             code = stopped.code or 0
-        finally:
-            for number, handler in handlers.items():                # train.py takes Ctrl-C over, pytest needs it back
-                signal.signal(number, handler)
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
@@ -110,10 +107,6 @@ def tmp(tmp_path, tiny):
     settings = pretrained.read_json(tiny / "tokenizer_config.json")
     pretrained.write_json(tmp_path / "base" / "tokenizer_config.json", settings | {"chat_template": None})
     return tmp_path
-
-
-def events(out, event):
-    return [row for row in map(json.loads, open(out / "log.jsonl", encoding="utf-8")) if row["event"] == event]
 
 
 def steps_kept(out):
@@ -516,7 +509,7 @@ PAINT = r"\x1b\[48;5;(\d+);38;5;16m"
 
 def test_chunks_are_coloured_on_a_terminal(tiny, terminal):
     tokenizer = Tokenizer(tiny)
-    printer = sample.ChunkPrinter(tokenizer, terminal)
+    printer = report.ChunkPrinter(tokenizer, terminal)
     chunks = [tokenizer.encode(text) for text in ("in the", "over\n1", " the")]
     for chunk in chunks:
         printer(chunk)
@@ -534,7 +527,7 @@ def test_when_chunks_are_coloured(tiny, monkeypatch, stream, no_color, coloured)
     if no_color is not None:
         monkeypatch.setenv("NO_COLOR", no_color)
     target, tokenizer = stream(), Tokenizer(tiny)
-    sample.ChunkPrinter(tokenizer, target)(tokenizer.encode(" the"))
+    report.ChunkPrinter(tokenizer, target)(tokenizer.encode(" the"))
     assert ("\x1b" in target.getvalue()) == coloured and (target.getvalue() == "[1| the]") == (not coloured)
 
 
@@ -550,7 +543,7 @@ def test_no_escape_character_of_the_model_reaches_the_terminal(tiny, terminal):
     tokens = tokenizer.encode("a\x1b[2Jb\x1b]0;owned\x07c")
     assert "\x1b" in tokenizer.decode(tokens)                       # so it is the printer that must remove it
     for stream in (terminal, io.StringIO()):
-        printer = sample.ChunkPrinter(tokenizer, stream)
+        printer = report.ChunkPrinter(tokenizer, stream)
         for at in range(0, len(tokens), 2):
             printer(tokens[at:at + 2])
         ours_removed = re.sub(PAINT + r"|\x1b\[0m", "", stream.getvalue())
@@ -564,11 +557,11 @@ def test_character_over_two_chunks_is_printed_once_and_whole(tiny, terminal):
         first, *rest = tokenizer.encode(text)                       # one token per byte
         assert len(rest) == len(text.encode()) - 1
         stream = io.StringIO()
-        printer = sample.ChunkPrinter(tokenizer, stream)
+        printer = report.ChunkPrinter(tokenizer, stream)
         printer([first])
         printer(rest)
         assert stream.getvalue() == f"[1|][{len(rest)}|{text}]"
-    printer = sample.ChunkPrinter(tokenizer, terminal)
+    printer = report.ChunkPrinter(tokenizer, terminal)
     printer([first])
     printer(rest)
     assert terminal.getvalue().count("🦉") == 1 and "\ufffd" not in terminal.getvalue()
@@ -582,14 +575,14 @@ def test_train_leaves_a_checkpoint_and_a_log(tiny, trained):
     assert config["nanomtp"].items() >= {"mask_token_id": TINY_VOCAB, "k_max": 3, "prompt_format": "chat",
                                          "steps": 2}.items()
     assert Tokenizer(trained / "latest").control[MASK_TOKEN] == TINY_VOCAB
-    start, = events(trained, "start")
+    start, = log_rows(trained, "start")
     flags = {flag.replace("-", "_") for flag in FLAGS["train.py"].split() if not flag.startswith("no-")}
     assert flags <= set(start) and start["k"] == 3 and start["seq_len"] == 200 and start["prompt_format"] == "chat"
     assert start["device"].startswith(("cpu", "cuda", "mps")) and start["dtype"] in ("fp32", "bf16")    # not "auto"
-    first, = events(trained, "eval")
+    first, = log_rows(trained, "eval")
     assert first["step"] == 0 and first["prompts"] == 2 and re.match(r"\[[123]\|", first["sample"])
-    assert events(trained, "train")[-1]["step"] == 2
-    end, = events(trained, "end")
+    assert log_rows(trained, "train")[-1]["step"] == 2
+    end, = log_rows(trained, "end")
     assert end["step"] == 2 and end["interrupted"] is False
     state = torch.load(trained / "latest" / "trainer.pt", weights_only=True)
     assert state["step"] == 2 and state["args"]["model"] == str(tiny) and state["args"]["lr"] == 1e-3
@@ -601,7 +594,7 @@ def test_train_schedule(tiny, sums, tmp_path):
     result = cli(training, "--model", tiny, "--data", sums, *QUICK, "--lr", 0.004, "--warmup", 4, "--cooldown", 2,
                  "--steps", 6, "--log-every", 1, "--out", out)
     assert result.code == 0
-    assert [row["lr"] for row in events(out, "train")] == pytest.approx([0.001, 0.002, 0.003, 0.004, 0.004, 0.002])
+    assert [row["lr"] for row in log_rows(out, "train")] == pytest.approx([0.001, 0.002, 0.003, 0.004, 0.004, 0.002])
     assert "Traceback" not in result.err
 
 
@@ -610,8 +603,8 @@ def test_train_log_eval_and_save_every(tiny, sums, tmp_path):
     result = cli(training, "--model", tiny, "--data", sums, *QUICK, "--steps", 4, "--log-every", 2, "--eval-every", 2,
                  "--save-every", 1, "--eval-prompts", 3, "--eval-tokens", 5, "--out", out)
     assert result.code == 0
-    assert [row["step"] for row in events(out, "train")] == [2, 4]
-    evals = events(out, "eval")
+    assert [row["step"] for row in log_rows(out, "train")] == [2, 4]
+    evals = log_rows(out, "eval")
     assert [row["step"] for row in evals] == [0, 2, 4] and {row["prompts"] for row in evals} == {3}
     for row in evals:
         assert 1 <= row["tokens_per_forward"] <= 3 and 0 <= row["agreement_with_k1"] <= 1
@@ -629,8 +622,8 @@ def test_train_resume_goes_on(tiny, sums, tmp_path):
     assert first.code == 0 and "nothing to resume" in first.out
     again = cli(training, *common, "--out", out, "--steps", 3, "--save-every", 7, "--micro-batch-size", 1)
     assert again.code == 0 and "nothing to resume" not in again.out
-    assert [row["step"] for row in events(out, "train")] == [1, 2, 3]
-    assert [row["step"] for row in events(out, "start") + events(out, "resume")] == [0, 2]
+    assert [row["step"] for row in log_rows(out, "train")] == [1, 2, 3]
+    assert [row["step"] for row in log_rows(out, "start") + log_rows(out, "resume")] == [0, 2]
     assert steps_kept(out) == ["latest", "step-2", "step-3"] and (out / "latest").resolve().name == "step-3"
     before = {path: stamp for path, stamp in everything_under(out).items() if "step-" in path}
     done = cli(training, *common, "--out", out, "--steps", 3)       # nothing left to do
@@ -671,7 +664,7 @@ def test_train_clip(tiny, sums, tmp_path, monkeypatch):
         out = tmp_path / limit
         assert cli(training, "--model", tiny, "--data", sums, *QUICK, "--steps", 2, "--log-every", 1, "--clip", limit,
                    "--out", out).code == 0
-        assert [row["gradient_norm"] for row in events(out, "train")] == [norm for norm, _ in seen]
+        assert [row["gradient_norm"] for row in log_rows(out, "train")] == [norm for norm, _ in seen]
         assert all(norm > 0.25 and after == pytest.approx(min(norm, float(limit)), rel=1e-3) for norm, after in seen)
 
 
@@ -696,7 +689,7 @@ def test_train_stride_k_and_curriculum(tiny, sums, tmp_path):
                         "grown": ["--k", 8, "--curriculum", 1000], "fixed": ["--k", 8, "--fixed-k"]}.items():
         assert cli(training, "--model", tiny, "--data", sums, *QUICK, *flags, "--steps", 5, "--log-every", 1,
                    "--out", tmp_path / name).code == 0
-        logs[name] = events(tmp_path / name, "train")
+        logs[name] = log_rows(tmp_path / name, "train")
     for dense, sparse in zip(logs["dense"], logs["sparse"]):        # the layout's draw differs with the stride, k too
         assert dense["slots"] / dense["k"] > 3 * sparse["slots"] / sparse["k"]
     assert max(row["k"] for row in logs["wide"]) > 4 and {row["k"] for row in logs["grown"]} == {2}
@@ -740,17 +733,17 @@ def test_train_overfit(tiny, sums, tmp_path, monkeypatch):
     assert cli(training, "--model", tiny, "--data", sums, *QUICK, "--overfit", 3, "--steps", 4, "--eval-every", 4,
                "--eval-tokens", 2, "--seed", 4, "--out", tmp_path / "out").code == 0
     assert len(drawn) == 10 and len({row["question"] for row in drawn}) == 3 and seeds == {4}
-    assert {row["prompts"] for row in events(tmp_path / "out", "eval")} == {3}
+    assert {row["prompts"] for row in log_rows(tmp_path / "out", "eval")} == {3}
 
 
 def test_train_minutes_stops_early_and_saves(tiny, sums, tmp_path):
     out = tmp_path / "out"
     result = cli(training, "--model", tiny, "--data", sums, *QUICK, "--steps", 100_000, "--minutes", 0.01,
                  "--warmup", 0, "--cooldown", 50_000, "--log-every", 1, "--out", out)
-    end, = events(out, "end")
+    end, = log_rows(out, "end")
     assert result.code == 0 and 1 <= end["step"] < 100_000 and end["interrupted"] is False
     assert 0.01 <= end["minutes"] and (out / "latest").resolve().name == f"step-{end['step']}"
-    assert {row["lr"] for row in events(out, "train")} == {2e-4}    # the cool-down begins at step 50,000
+    assert {row["lr"] for row in log_rows(out, "train")} == {2e-4}    # the cool-down begins at step 50,000
 
 
 def test_train_seed_dtype_device_and_formats(tiny, tmp_path, monkeypatch):
@@ -771,10 +764,10 @@ def test_train_seed_dtype_device_and_formats(tiny, tmp_path, monkeypatch):
         dtypes.clear()
         assert cli(training, "--model", tiny, *common, *flags, "--out", tmp_path / name).code == 0
         assert dtypes == {torch.bfloat16 if name == "bf16" else torch.float32}          # of the student and the teacher
-        losses[name] = [row["loss"] for row in events(tmp_path / name, "train")]
+        losses[name] = [row["loss"] for row in log_rows(tmp_path / name, "train")]
     assert losses["a"] == losses["b"] and losses["a"] != losses["seed"] and losses["a"] != losses["plain"]
     assert losses["a"] != losses["bf16"] and losses["a"] == pytest.approx(losses["bf16"], rel=0.1)
-    start, = events(tmp_path / "bf16", "start")
+    start, = log_rows(tmp_path / "bf16", "start")
     assert start["dtype"] == "bf16" and start["device"].startswith("cpu")
     weights = load_file(tmp_path / "bf16" / "latest" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
@@ -788,7 +781,7 @@ def test_train_default_model(sums, tmp_path, monkeypatch):
     """Without --model and --out: the tiny model, and out/ right here, where sample.py looks."""
     monkeypatch.chdir(tmp_path)
     assert cli(training, "--data", sums, *QUICK, "--steps", 1).code == 0
-    start, = events(tmp_path / "out", "start")
+    start, = log_rows(tmp_path / "out", "start")
     assert start["model"] == "tiny" and 1.5e6 < start["parameters"] < 2.5e6
     assert steps_kept(tmp_path / "out") == ["latest", "step-1"] and sample.default_model() == "out/latest"
     assert "[2|" in cli(sample, "1 + 1", "--k", 2, "--max-new-tokens", 2).out

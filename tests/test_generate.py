@@ -11,9 +11,10 @@ import torch
 from conftest import TINY_VOCAB, tiny_checkpoint
 
 import sample
+from extras.report import chunks_of, shared_prefix, speeds, summary
 from model import KVCache, Transformer, add_mask_token, save_pretrained
 from pretrained import InputError
-from sample import accept, chunks_of, cut, generate, shared_prefix, speeds, strategy, strategy_name, summary
+from sample import accept, cut, generate, strategy, strategy_name
 from tokenizer import Tokenizer
 
 MASK = TINY_VOCAB

@@ -4,16 +4,14 @@ and checkpoints that go on either way. On CPUs, where gloo takes NCCL's place; e
 """
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, log_rows, run_train
 
-import train as training
 from data import draw_rows, encode_rows, load_data
 from model import Transformer, add_mask_token
 from tokenizer import Tokenizer
@@ -65,11 +63,6 @@ def common(tiny, tmp_path_factory):
             "--warmup", 0, "--cooldown", 0, "--lr", 1e-3, "--dtype", "fp32", "--device", "cpu", "--prompt-format", "plain")
 
 
-def run_once(monkeypatch, out, *flags):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--out", str(out)])
-    training.main()
-
-
 def free_ports(count):
     """Numbers of ports that nobody listens at."""
     sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
@@ -93,31 +86,17 @@ def runs(common, tmp_path_factory):
     jobs = [[port, interrupted, *map(str, flags)] for port, (interrupted, *flags) in zip(free_ports(len(jobs)), jobs)]
     (root / "jobs.json").write_text(json.dumps(jobs))
     (root / "script.py").write_text(SCRIPT)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, flags in VARIANTS.items():
-            run_once(patch, root / "one" / name, *common, *flags)
-        for way in SPREAD:
-            run_once(patch, root / way / "resumed", *halves, "--steps", 2)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = subprocess.run([*torchrun, root / "script.py", root / "jobs.json"], capture_output=True, text=True,
-                              timeout=300, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        assert done.returncode == 0, done.stderr[-5000:]
-        for way in SPREAD:
-            run_once(patch, root / "one" / f"after-{way}", *halves, "--resume")
+    for name, flags in VARIANTS.items():
+        run_train(*common, *flags, "--out", root / "one" / name)
+    for way in SPREAD:
+        run_train(*halves, "--steps", 2, "--out", root / way / "resumed")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, root / "script.py", root / "jobs.json"], capture_output=True, text=True, timeout=300,
+                          cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-5000:]
+    for way in SPREAD:
+        run_train(*halves, "--resume", "--out", root / "one" / f"after-{way}")
     return root, done.stdout
-
-
-@pytest.fixture(scope="module", autouse=True)
-def signals():
-    """train.py takes signals over; pytest needs them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def log_rows(out, event):
-    return [row for row in map(json.loads, open(out / "log.jsonl")) if row["event"] == event]
 
 
 def weights(folder):

@@ -8,7 +8,8 @@ import torch
 from conftest import tiny_config, tiny_model
 
 from extras import plan
-from model import DTYPES, Config, Transformer
+from extras.machine import DTYPES
+from model import Config, Transformer
 from pretrained import InputError
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, train_briefly
+from conftest import ROOT, log_rows, train_briefly
 from test_cli import assert_refused, cli, everything_under
 
 import model
@@ -35,19 +35,6 @@ def common(tiny, tmp_path_factory):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ("--model", tiny, "--data", path, "--k", 3, "--batch-size", 2, "--seq-len", 64, "--eval-every", 0,
             "--eval-prompts", 2, "--warmup", 2, "--cooldown", 0, "--lr", 2e-4, "--prompt-format", "plain")
-
-
-@pytest.fixture
-def interruptible():
-    """train.py takes signals over; pytest needs them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def log_rows(out, event):
-    return [row for row in map(json.loads, open(out / "log.jsonl")) if row["event"] == event]
 
 
 def trainer(out):
@@ -95,7 +82,7 @@ def assert_same_run(ours, reference, from_step=0):
 # --- stopped and resumed
 
 @pytest.mark.parametrize("way", ["steps", "SIGTERM", "Ctrl-C", "minutes"])
-def test_resumed_run_is_bit_equal(common, tmp_path, monkeypatch, interruptible, way):
+def test_resumed_run_is_bit_equal(common, tmp_path, monkeypatch, way):
     """Stopped behind step 7 of 14 and continued. With --steps nothing but a cool-down tells a part from the whole."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = (*common, "--eval-every", 4, "--eval-tokens", 2, "--save-every", 5)

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import run_train
+
 import train as training
 from data import WordProblems, encode_rows
 from eval_gsm8k import extract_flexible
@@ -22,11 +24,6 @@ FOLDER = resolve("tiny")
 
 def causal(n):
     return torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril()
-
-
-def run_train(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    training.main()
 
 
 # --- checkpoints/tiny
@@ -66,9 +63,9 @@ def test_it_solves_unseen_problems():
     assert right >= 85 and all(result.finish == "stop" for result in results)
 
 
-def test_it_learns_to_write_several_tokens_losslessly(tmp_path, monkeypatch):
+def test_it_learns_to_write_several_tokens_losslessly(tmp_path):
     """A short distillation: lossless decoding writes k = 1's answers, adaptive decoding fewer passes; as in README."""
-    run_train(monkeypatch, "--k", 3, "--steps", 40, "--warmup", 5, "--batch-size", 16, "--eval-every", 0, "--out", tmp_path)
+    run_train("--k", 3, "--steps", 40, "--warmup", 5, "--batch-size", 16, "--eval-every", 0, "--out", tmp_path)
     model, tokenizer, trained = load(tmp_path, torch.device("cpu"), torch.float32)
     prompts = [tokenizer.prompt(WordProblems(6, "test")[i]["question"], "plain") for i in range(32)]
 
@@ -131,13 +128,13 @@ def test_ground_truth_for_several_slots():
     assert batch.next_token.tolist() == [12, 13, 14, 2, 22, 23]
 
 
-def test_pretraining_from_random_weights(tmp_path, monkeypatch):
+def test_pretraining_from_random_weights(tmp_path):
     """A few steps: it learns, saves an ordinary checkpoint without a mask token, resumes bit-equal, and can be distilled."""
     common = ("--preset", "pretrain-tiny", "--batch-size", 8, "--lr", 3e-3, "--warmup", 2, "--cooldown", 0, "--log-every", 1,
               "--eval-every", 6, "--eval-prompts", 2, "--eval-tokens", 4)
-    run_train(monkeypatch, *common, "--steps", 6, "--out", tmp_path / "whole")
-    run_train(monkeypatch, *common, "--steps", 3, "--out", tmp_path / "parts")
-    run_train(monkeypatch, *common, "--steps", 6, "--out", tmp_path / "parts", "--resume")
+    run_train(*common, "--steps", 6, "--out", tmp_path / "whole")
+    run_train(*common, "--steps", 3, "--out", tmp_path / "parts")
+    run_train(*common, "--steps", 6, "--out", tmp_path / "parts", "--resume")
     rows = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
     losses = [row["loss"] for row in rows if row["event"] == "train"]
     assert 6.5 < losses[0] < 7.2 and losses[-1] < losses[0] - 0.5                  # ln 906 = 6.8
@@ -146,13 +143,13 @@ def test_pretraining_from_random_weights(tmp_path, monkeypatch):
     assert whole.config.vocab_size == 906 and "nanomtp" not in whole.config.raw
     assert read_json(tmp_path / "whole" / "latest" / "tokenizer.json") == read_json(FOLDER / "tokenizer.json")
     assert all("accuracy_k1" in row and "accuracy" not in row for row in rows if row["event"] == "eval")
-    run_train(monkeypatch, "--model", tmp_path / "whole", "--k", 3, "--steps", 1, "--batch-size", 2, "--eval-every", 0,
+    run_train("--model", tmp_path / "whole", "--k", 3, "--steps", 1, "--batch-size", 2, "--eval-every", 0,
               "--out", tmp_path / "distilled")
     distilled = Transformer.from_pretrained(tmp_path / "distilled" / "latest")
     assert distilled.config.vocab_size == 907 and distilled.config.raw["nanomtp"]["data"] == "wordproblems"
 
 
-def test_nothing_to_distil(tmp_path, monkeypatch):
+def test_nothing_to_distil(tmp_path):
     with pytest.raises(InputError, match="ground-truth"):
-        run_train(monkeypatch, "--k", 1, "--out", tmp_path / "out")
+        run_train("--k", 1, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

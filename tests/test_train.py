@@ -7,11 +7,10 @@ import argparse
 import copy
 import json
 import random
-import sys
 
 import pytest
 import torch
-from conftest import TINY_VOCAB, tiny_checkpoint
+from conftest import TINY_VOCAB, log_rows, run_train, tiny_checkpoint
 from safetensors.torch import load_file
 
 import regions
@@ -418,25 +417,16 @@ def test_learning_rate():
 
 # --- whole runs
 
-def run_train(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    training.main()
-
-
-def log_rows(out, event):
-    return [row for row in map(json.loads, open(out / "log.jsonl")) if row["event"] == event]
-
-
 SHORT = ("--data", "wordproblems", "--k", 3, "--batch-size", 4, "--seq-len", 160, "--warmup", 2, "--cooldown", 0,
          "--lr", 2e-4, "--eval-every", 0, "--dtype", "fp32")
 
 
-def test_overfits_four_rows(tiny, tmp_path, monkeypatch):
+def test_overfits_four_rows(tiny, tmp_path):
     """The sanity check that everything above is wired together: four rows are learned at every slot."""
     path = tmp_path / "four.jsonl"
     path.write_text("".join(json.dumps({"question": f"{a} + {b}", "answer": f"{a} and {b} is {a + b}.\n#### {a + b}"}) + "\n"
                             for a, b in ((3, 4), (15, 8), (42, 9), (7, 70), (1, 2))))
-    run_train(monkeypatch, "--model", tiny, "--data", path, "--k", 4, "--overfit", 4, "--batch-size", 4, "--lr", 3e-3,
+    run_train("--model", tiny, "--data", path, "--k", 4, "--overfit", 4, "--batch-size", 4, "--lr", 3e-3,
               "--stride", 1, "--steps", 200, "--cooldown", 80, "--eval-every", 200, "--eval-prompts", 1,
               "--eval-tokens", 16, "--prompt-format", "plain", "--out", tmp_path / "out")
     last = {row["k"]: min(row["agreement"]) for row in log_rows(tmp_path / "out", "train")}     # of each k's last step
@@ -453,7 +443,7 @@ def test_a_steps_loss_from_its_definition(tiny, tmp_path, monkeypatch, flags):
     """The first step's loss as logged: the mean over slots, plus a weight times the mean over the answers' tokens."""
     batches = []
     monkeypatch.setattr(training, "make_batch", lambda *args: batches.append(make_batch(*args)) or batches[-1])
-    run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 1, "--stride", 9, *flags,
+    run_train("--model", tiny, *SHORT, "--steps", 1, "--stride", 9, *flags,
               "--out", tmp_path / "out")
     row, = log_rows(tmp_path / "out", "train")
     start, = log_rows(tmp_path / "out", "start")
@@ -476,10 +466,10 @@ def test_a_steps_loss_from_its_definition(tiny, tmp_path, monkeypatch, flags):
     assert saved["bidirectional"] is args.bidirectional and saved["k_max"] == 3
 
 
-def test_accumulated_gradient_equals_the_whole_batch(tiny, tmp_path, monkeypatch):
+def test_accumulated_gradient_equals_the_whole_batch(tiny, tmp_path):
     """The loss is the mean over all slots of a step, whatever passes they are computed in."""
     for micro in (1, 4):
-        run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 2, "--micro-batch-size", micro,
+        run_train("--model", tiny, *SHORT, "--steps", 2, "--micro-batch-size", micro,
                   "--out", tmp_path / str(micro))
     one, four = (log_rows(tmp_path / name, "train") for name in ("1", "4"))
     assert [row["slots"] for row in one] == [row["slots"] for row in four]
@@ -498,17 +488,17 @@ def test_non_finite_loss_names_step_and_checkpoint(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "region_loss", poisoned)
     with pytest.raises(SystemExit) as stopped:
-        run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 9, "--save-every", 2, "--out", tmp_path / "out")
+        run_train("--model", tiny, *SHORT, "--steps", 9, "--save-every", 2, "--out", tmp_path / "out")
     assert "step 5" in stopped.value.code and "step-4" in stopped.value.code
     assert (tmp_path / "out" / "latest").resolve().name == "step-4"
 
 
-def test_more_refusals(tiny, tmp_path, monkeypatch):
+def test_more_refusals(tiny, tmp_path):
     """Settings that would train in silence on what the model does not have, or grow its weights."""
     for flags, words in ((["--seq-len", 5000], "context"), (["--weight-decay", -1], "weight-decay"),
                          (["--lr", "inf"], "--lr"), (["--device", "meta"], "no device")):
         with pytest.raises(InputError, match=words):
-            run_train(monkeypatch, "--model", tiny, *SHORT, *flags, "--out", tmp_path / "out")
+            run_train("--model", tiny, *SHORT, *flags, "--out", tmp_path / "out")
 
 
 def test_compile(tiny, tmp_path, monkeypatch):
@@ -522,7 +512,7 @@ def test_compile(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Transformer, "compile", without_code)
     for name in ("compile", "no-compile"):
-        run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 2, f"--{name}", "--out", tmp_path / name)
+        run_train("--model", tiny, *SHORT, "--steps", 2, f"--{name}", "--out", tmp_path / name)
     torch.compiler.reset()
     assert compiled == [{"dynamic": True}] * 2                      # student and teacher
     ours, plain = (log_rows(tmp_path / name, "train") for name in ("compile", "no-compile"))
@@ -532,4 +522,4 @@ def test_compile(tiny, tmp_path, monkeypatch):
     state = torch.load(tmp_path / "compile" / "latest" / "trainer.pt", weights_only=True)
     assert weights.keys() == load_file(tmp_path / "no-compile" / "latest" / "model.safetensors").keys()
     assert weights.keys() == state["optimizer"]["state"].keys() and not any("_orig_mod" in name for name in weights)
-    run_train(monkeypatch, "--model", tiny, *SHORT, "--steps", 3, "--resume", "--out", tmp_path / "compile")
+    run_train("--model", tiny, *SHORT, "--steps", 3, "--resume", "--out", tmp_path / "compile")

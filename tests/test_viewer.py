@@ -20,7 +20,8 @@ from conftest import train_briefly
 from test_cli import assert_refused, cli, everything_under
 
 from extras import viewer
-from sample import accept, chunks_of, generate, load
+from extras.report import chunks_of
+from sample import accept, generate, load
 
 ATTACK = ("</script><script>document.title = 'owned'</script><img src=x onerror='document.title = 1'> "
           "<!-- {{DATA}} & \u2028 \U0001f600")
