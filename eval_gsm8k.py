@@ -69,6 +69,16 @@ def normalise(text):
     return text.lower()
 
 
+def gold_of(answer):
+    """The number that a worked answer ends with: what stands behind "####", else its last number; "[invalid]" if none."""
+    return answer.split("####")[-1].strip() if "####" in answer else extract_flexible(answer)
+
+
+def is_right(extracted, gold):
+    """exact_match; nothing is right where the gold answer holds no number."""
+    return gold != "[invalid]" and normalise(extracted) == normalise(gold)
+
+
 def standard_error(hits):
     """Of a mean of 0s and 1s: sqrt(p (1 - p) / (n - 1)); NaN for fewer than two."""
     n, p = len(hits), statistics.fmean(hits)
@@ -153,8 +163,8 @@ def score(result, tokenizer, gold, stops, task):
     for stop in stops:
         text = text.split(stop)[0]
     strict, flexible = extract_strict(text, task), extract_flexible(text)
-    return {"text": text, "extracted": flexible, "correct": int(normalise(flexible) == normalise(gold)),
-            "extracted_strict": strict, "correct_strict": int(normalise(strict) == normalise(gold))}
+    return {"text": text, "extracted": flexible, "correct": int(is_right(flexible, gold)),
+            "extracted_strict": strict, "correct_strict": int(is_right(strict, gold))}
 
 
 def as_generation(row):
@@ -317,7 +327,10 @@ def main():
     stops = args.stop if args.stop is not None else QA_STOPS if style in QA_FORMATS else []
     task = "gsm8k_cot" if style in QA_FORMATS else "gsm8k"
     prompts = [build_prompt(tokenizer, row["question"], examples, style) for row in questions]
-    golds = [row["answer"].split("####")[-1].strip() for row in questions]
+    golds = [gold_of(row["answer"]) for row in questions]
+    if "[invalid]" in golds:
+        print(f"note: {golds.count('[invalid]')} of {len(golds)} gold answers hold no number, and never count as right: all "
+              "to compare is the text with that of k = 1, and its loss under --baseline")
 
     # --- strategies: (name, model, k, threshold); k = 1 always comes first, all others are compared with it
     ks, thresholds = args.k or [], args.threshold or []

@@ -113,8 +113,8 @@ class KVCache:
     """Preallocated keys and values of every layer, indexed by slot, with one committed length per row.
 
     A pass writes its T tokens at slots length[b] .. length[b] + T - 1 of row b. `advance` decides how many of them were
-    kept. To forget the others nothing has to be erased: the next pass writes over them, and until then no query may
-    attend to them, because the caller's mask ends at the committed length. Rows may have different lengths.
+    kept. To forget the others nothing has to be erased: the next pass writes over them, from the committed length on, and
+    the caller's mask shows a query no slot behind those that its own pass has written. Rows may have different lengths.
     """
 
     def __init__(self, config, batch_size, capacity, device, dtype):

@@ -6,23 +6,25 @@ Decoding: several tokens per forward pass, with a fixed or a confidence-adaptive
     python sample.py --lossless --compare                       # fewer passes, and the text of plain greedy decoding
     python sample.py --file questions.jsonl --batch-size 8      # many questions, decoded together
 
-`generate` is the only decode loop of this project (paper, section on ConfAdapt); everything else here prints. One step,
-k = 3, with one kept token "pending", that is: emitted, but not in the cache yet.
+`generate` is the only decode loop of this project (paper, section on ConfAdapt); everything else here loads and prints.
+One step, k = 3, with one token "pending", that is: chosen by the pass before, but not in the cache yet.
 
-    fed         the | pending | <mtp> <mtp>         positions c, c+1, c+2 behind a cache of c tokens
-    predicts            y1       y2     y3          y1 is an ordinary next-token prediction
-    confidence                  .97    .62          the probability of the most likely token
+    fed         ... | pending  <|mtp|> <|mtp|>      positions c, c+1, c+2 behind a cache of c tokens
+    predicts            y1       y2      y3         y1 is an ordinary next-token prediction
+    confidence                  .97     .62         the probability of the most likely token
 
     static      keep all k.
     adaptive    keep y1, and go on while the confidence is at least the threshold: at 0.9, y1 and y2.
-    lossless    keep both as drafts: the next pass predicts the token behind every pending one anyway, and emits the
-                drafts that it would have written itself, and one token more
+    lossless    emit y1, and keep y2, y3 as drafts: the next pass predicts the token behind every pending one anyway, and
+                emits the drafts that it would have written itself, and one token more
 
 Then the cache advances over the pending token only. The masks' keys and values are left behind as garbage that the
-next pass overwrites, and y1, y2 are the next pass's pending tokens. So every pass emits 1 to k tokens and feeds at most
-2k-1 (the first one feeds the prompt and k-1 masks).
+next pass overwrites, and what was kept is the next pass's pending tokens. So every pass emits 1 to k tokens and feeds at
+most 2k-1, pending ones and k-1 masks; the first one feeds the prompt and k-1 masks, and lossless decoding in its wide
+form up to k*k, as it puts masks behind every pending token.
 
-Shapes: B rows still decoding, T fed tokens, S cache slots, V vocabulary.
+A *slot* of the cache is the place of one token's key and value. Shapes: B rows still decoding, T fed tokens, S cache slots,
+V vocabulary.
 """
 import argparse
 import functools
@@ -110,21 +112,46 @@ def region_layout(pending, k, bidirectional, device):
     return position.to(device), attention_mask(position, region, bound, bidirectional)[0].to(device)
 
 
-def verify(candidates, ids, fed, longest, k, wide):
+def pass_layout(cache, slots, n_pending, longest, k, wide, bidirectional):
+    """Where the fed tokens of a pass stand, and which slots of the cache each of them sees.
+
+        2 pending, k = 3    p0 p1 M  M                  position = slot, and the mask is causal
+        the same, wide      p0 p1 M  M  M  M            a region behind p0 and one behind p1, as in training: p0's
+                            c  +1 +1 +2 +2 +3           masks stand where p1 does and behind it
+
+    slots       (S,) long: 0 .. S-1, enough for the longest row and this pass
+    n_pending   (B,) long: pending tokens of each row; longest: the most of any row
+    returns positions (B, T) long and mask (B, T, S) bool
+    """
+    if wide:
+        position, own = region_layout(longest, k, bidirectional, slots.device)
+        place = slots - cache.length[:, None]                           # (B, S) in this pass; below 0: committed
+        in_pass = own[:, place.clamp(0, longest * k - 1)].transpose(0, 1) & (place < longest * k)[:, None]
+        return cache.length[:, None] + position, in_pass | (place < 0)[:, None]
+    positions = cache.next_slots(longest + k - 1)                       # (B, T)
+    mask = slots <= positions[:, :, None]                               # (B, T, S)
+    if bidirectional:                                                   # but the k - 1 masks behind a row's pending tokens
+        first = (cache.length + n_pending)[:, None]                     # (B, 1) slot of the first of them
+        among = (slots >= first) & (slots < first + k - 1)              # (B, S)
+        mask = mask | (among[:, None, :] & (positions >= first)[:, :, None])
+    return positions, mask
+
+
+def verify(candidates, ids, n_pending, longest, k, wide):
     """Lossless decoding, the check: which pending tokens are what the model itself would have written?
 
     candidates   (B, L) long: the most likely token at every fed one
-    ids          (B, L) long: what was fed: a verified token, fed - 1 drafts, and masks
-    fed          (B,) long: pending tokens of each row
+    ids          (B, L) long: what was fed: a verified token, n_pending - 1 drafts, and masks
+    n_pending    (B,) long: pending tokens of each row
     longest      room for them in `ids`
     returns stood (B,): drafts up to the first wrong one; and chosen (B, k): where the next token and its drafts are read,
     at the last token that stood and the k - 1 masks behind it. Without `wide` only the last pending token has masks,
     so these are worth nothing unless all drafts stood.
     """
     place = torch.arange(1, longest, device=ids.device)                             # of the drafts
-    right = (candidates[:, :longest - 1] == ids[:, 1:longest]) & (place < fed[:, None])
+    right = (candidates[:, :longest - 1] == ids[:, 1:longest]) & (place < n_pending[:, None])
     stood = right.long().cumprod(dim=1).sum(dim=1)                                  # (B,)
-    first_mask = longest + stood * (k - 1) if wide else fed
+    first_mask = longest + stood * (k - 1) if wide else n_pending
     masks = first_mask[:, None] + torch.arange(k - 1, device=ids.device)
     return stood, torch.cat((stood[:, None], masks), dim=1)
 
@@ -169,12 +196,12 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
             raise InputError(f"a prompt of {len(prompt)} tokens does not fit the model's context of {context} tokens")
     results = [Generation() for _ in prompts]
     limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
-    pending = [list(prompt) for prompt in prompts]                      # kept or drafted, but not yet in the cache
+    pending = [list(prompt) for prompt in prompts]                      # in the first pass, all of the prompt
     committed = [0] * len(prompts)                                      # tokens in the cache: cache.length for the host
     active = list(range(len(prompts)))                                  # rows still decoding, in the cache's order
     filler = 0 if mask_id is None else mask_id                          # k = 1: any id will do, nothing sees it
     generators = [torch.Generator(device).manual_seed(seed * 1_000_003 + row) for row in active] if temperature > 0 else []
-    # room for the longest row, the pass that overshoots it included
+    # room for the longest row and for its last pass, which may feed k pending tokens and masks at the very end
     capacity = max(map(len, prompts), default=0) + max(limits, default=0) + k * max(2, k if lossless == "wide" else 0)
     capacity += -capacity % 128 if fixed else 0                         # few sizes, so that few are compiled
     cache = KVCache(model.config, len(prompts), capacity, device, model.model.embed_tokens.weight.dtype)
@@ -183,64 +210,55 @@ def generate(model, prompts, k=1, threshold=None, mask_id=None, stop_ids=(), max
     while active:
         # --- 1. feed the pending tokens and masks: k - 1 behind the last one, or, to verify, behind each ("wide")
         counts = [len(pending[row]) for row in active]
+        n_pending = torch.tensor(counts, device=device)                 # (B,)
         wide, steady = verifying and lossless == "wide", fixed and committed[active[0]] > 0
         longest = k if steady else max(counts)
-        width = longest * k if wide else longest + k - 1
-        ids = torch.tensor([pending[row] + [filler] * (width - n) for row, n in zip(active, counts)], device=device)
-        fed = torch.tensor(counts, device=device)                       # (B,)
+        width = longest * k if wide else longest + k - 1                # T
         reach = capacity if steady else max(committed[row] for row in active) + width
-        slots = all_slots[:reach]                                       # (S,)
-        if wide:                                                        # position and slot differ: the training layout
-            position, own = region_layout(longest, k, bidirectional, device)
-            positions = cache.length[:, None] + position                # (B, T)
-            place = slots - cache.length[:, None]                       # (B, S) in this pass; below 0: committed
-            mask = own[:, place.clamp(0, width - 1)].transpose(0, 1) & (place < width)[:, None] | (place < 0)[:, None]
-        else:                                                           # position = slot, and the mask is causal
-            positions = cache.next_slots(width)                         # (B, T)
-            mask = slots <= positions[:, :, None]                       # (B, T, S)
-            if bidirectional:                                           # but the k - 1 masks behind a row's pending tokens
-                first = (cache.length + fed)[:, None]                   # (B, 1) slot of the first of them
-                among = (slots >= first) & (slots < first + k - 1)      # (B, S)
-                mask = mask | among[:, None, :] & (positions >= first)[:, :, None]
+        ids = torch.tensor([pending[row] + [filler] * (width - n) for row, n in zip(active, counts)], device=device)
+        positions, mask = pass_layout(cache, all_slots[:reach], n_pending, longest, k, wide, bidirectional)
         # --- 2. candidates and confidences at the last pending token and the k - 1 masks behind it; to verify, everywhere
         rows = torch.arange(len(active), device=device)[:, None]
-        at = None if verifying else (rows, fed[:, None] - 1 + torch.arange(k, device=device))
+        at = None if verifying else (rows, n_pending[:, None] - 1 + torch.arange(k, device=device))
         forward = model if steady or not fixed else model.forward       # the prompt's pass has a shape of its own: eager
         logits = forward(ids, positions, mask, cache, at=at).float()    # (B, k or T, V)
         if mask_id is not None:
             logits[..., mask_id] = -torch.inf
         top, candidates = logits.max(dim=-1)                            # (B, k or T) each
         confidence = (top - logits.logsumexp(dim=-1)).exp()
-        # --- 3. keep the static or confident prefix;  4. commit what was pending and stands, forget the rest
-        plain, sure, stood = candidates, confidence, fed - 1            # `plain` is read in lossless mode only
+        # --- 3. keep the static or confident prefix of the candidates
+        stood = n_pending - 1                                           # drafts that stand: without lossless mode, all
         if verifying:
-            stood, chosen = verify(candidates, ids, fed, longest, k, wide)
+            plain, sure = candidates, confidence                        # behind every pending token, for step 5
+            stood, chosen = verify(candidates, ids, n_pending, longest, k, wide)
             candidates, confidence = candidates[rows, chosen], confidence[rows, chosen]
         kept = accept(confidence, threshold)                            # (B,)
-        if verifying and not wide:
-            kept = torch.where(stood == fed - 1, kept, 1)
+        if verifying and not wide:                                      # a draft fell, and the masks behind it saw it: keep
+            kept = torch.where(stood == n_pending - 1, kept, 1)         # no more than the certain next token
+        # --- 4. commit the pending tokens that stand, and forget the rest and the masks
         cache.advance((stood + 1) * torch.tensor([not results[row].finish for row in active], device=device))
         # --- 5. cut each row where it ends (the one place where the host waits for the device)
         kept, stood = kept.tolist(), stood.tolist()
-        plain, sure = (plain.tolist(), sure.tolist()) if lossless else (None, None)
+        plain, sure = (plain.tolist(), sure.tolist()) if verifying else (None, None)
         candidates, confidence = candidates.tolist(), confidence.tolist()
         now = time.perf_counter() - start
         going = []
         for i, row in enumerate(active):
             if results[row].finish:                                     # only with `fixed`
                 continue
-            result, new, certain = results[row], candidates[i][:kept[i]], confidence[i][:kept[i]]
+            result = results[row]
             committed[row] += stood[i] + 1
-            pending[row] = new
-            if lossless:                                                # emitted: what stood, and the token after it
-                count = stood[i] + 1 if verifying else 1
-                new, certain = plain[i][:count], sure[i][:count]
-                if verifying:
-                    result.drafts.append((counts[i] - 1, stood[i]))
+            emitted, certain = candidates[i][:kept[i]], confidence[i][:kept[i]]
+            pending[row] = emitted
+            if verifying:                                               # emitted: the drafts that stood, and the token
+                emitted, certain = plain[i][:stood[i] + 1], sure[i][:stood[i] + 1]      # after them: pending[row][0]
+                result.drafts.append((counts[i] - 1, stood[i]))
+            elif lossless:                                              # first pass: all but the first are drafts
+                emitted, certain = emitted[:1], certain[:1]
             elif temperature > 0 and kept[i] == 1:
-                new = pending[row] = [draw(logits[i, 0], temperature, top_k, top_p, generators[row])]
-                certain = logits[i, 0].log_softmax(dim=-1)[new].exp().tolist()
-            new, result.finish = cut(result.tokens, new, limits[row], stop_ids, stop_strings, decode)
+                emitted = pending[row] = [draw(logits[i, 0], temperature, top_k, top_p, generators[row])]
+                certain = logits[i, 0].log_softmax(dim=-1)[emitted].exp().tolist()
+            new, result.finish = cut(result.tokens, emitted, limits[row], stop_ids, stop_strings, decode)
             result.tokens += new
             result.confidences += certain[:len(new)]
             result.chunks.append(len(new))

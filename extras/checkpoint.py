@@ -20,6 +20,30 @@ MAY_CHANGE = ("resume", "out", "cache", "steps", "minutes", "device", "micro_bat
               "eval_tokens", "log_every", "save_every")                         # between a run and its resumption
 
 
+def find_run(out, resume):
+    """Does `out` hold a run to go on with? Raises InputError where one would be overwritten."""
+    there = sorted(path.resolve().name for path in [*out.glob("latest"), *out.glob("step-*")])
+    if there and not resume:
+        raise InputError(f"{out} already holds {there[-1]}: add --resume to go on, or choose another --out")
+    if resume and not (out / "latest").exists():
+        print(f"nothing to resume in {out}: starting anew")
+    return resume and (out / "latest").exists()
+
+
+def open_log(out):
+    """out/log.jsonl, open to append bytes without a buffer (ranks other than 0 get one that goes nowhere). What a run that
+    was killed while saving has left in `out` is deleted."""
+    rank, _ = parallel.rank_and_world()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.jsonl" if rank == 0 else os.devnull, "ab", buffering=0)
+        for left in [*out.glob(".step-*"), *out.glob(".latest-*")] if rank == 0 else []:
+            left.unlink() if left.is_symlink() else shutil.rmtree(left)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}") from None
+    return log
+
+
 def save_checkpoint(out, step, student, optimizer, tokenizer, args, mask_id):
     """Write out/step-N whole or not at all, point out/latest to it, keep the last two. Returns its path.
 
@@ -76,9 +100,3 @@ def restore(state, student, optimizer):
     torch.set_rng_state(state["rng"]["torch"])
     if len(state["rng"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-
-
-def remove_leftovers(out):
-    """Delete what a run that was killed while saving has left in `out`."""
-    for left in [*out.glob(".step-*"), *out.glob(".latest-*")]:
-        left.unlink() if left.is_symlink() else shutil.rmtree(left)

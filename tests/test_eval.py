@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import ROOT, train_briefly
 
 import eval_gsm8k as evaluation
-from eval_gsm8k import extract_flexible, extract_strict, normalise, paired_interval, standard_error
+from eval_gsm8k import extract_flexible, extract_strict, gold_of, is_right, normalise, paired_interval, standard_error
 from model import Transformer
 from pretrained import InputError
 from sample import generate
@@ -63,9 +63,17 @@ def test_gold_solutions_score_full_marks():
     if not path.exists():
         pytest.skip("GSM8K's test.jsonl is not here")
     rows = [json.loads(line) for line in open(path, encoding="utf-8")]
-    golds = [row["answer"].split("####")[-1].strip() for row in rows]
+    golds = [gold_of(row["answer"]) for row in rows]
     assert len(rows) == 1319 and all(re.fullmatch(r"-?\d+", normalise(gold)) for gold in golds)
-    assert all(normalise(extract_flexible(row["answer"])) == normalise(gold) for row, gold in zip(rows, golds))
+    assert all(is_right(extract_flexible(row["answer"]), gold) for row, gold in zip(rows, golds))
+
+
+def test_gold_answers_of_other_data():
+    """Rows need no "####"; and two texts without a number are not equal for that."""
+    assert gold_of("It is 3, no, 1,200.\n#### 7") == "7" and is_right("1,200", gold_of("It is 3, no, 1,200"))
+    prose = gold_of("It rained all day.")
+    assert prose == "[invalid]" and not is_right(extract_flexible("It rained all day."), prose)
+    assert not is_right("[invalid]", gold_of("#### 7"))
 
 
 def test_statistics():
