@@ -1,5 +1,5 @@
 """
-Every figure of this project, drawn from the raw logs in results/.
+Every figure of this project, and the example of the viewer's page, drawn from the raw logs in results/.
 
     python -m extras.figures                                    # all of them, into assets/
     python -m extras.figures --out some/folder
@@ -17,6 +17,7 @@ matplotlib.use("Agg")               # no window
 import matplotlib.pyplot as plt  # noqa: E402
 
 from extras.report import chunks_of  # noqa: E402
+from extras.viewer import page as viewer_page  # noqa: E402
 from pretrained import ArgumentParser, InputError, read_json, run  # noqa: E402
 from regions import TEXT, attention_mask, make_layout  # noqa: E402
 from sample import Generation  # noqa: E402
@@ -243,6 +244,10 @@ def main():
         figure.savefig(Path(args.out) / name, dpi=150)          # white background: readable on a dark page too
         plt.close(figure)
         print(Path(args.out) / name)
+    shown = read_json(RESULTS / "viewer-tiny-k8" / "viewer.json")
+    (Path(args.out) / "viewer.html").write_text(viewer_page({name: shown[name] for name in ("model", "prompts")}),
+                                                encoding="utf-8")
+    print(Path(args.out) / "viewer.html")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 
 from data import WordProblems
-from extras.machine import DTYPES, pick_device, pick_dtype
+from extras.machine import DTYPES, machine, pick_device, pick_dtype
 from extras.report import chunks_of, printable, shared_prefix
-from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, run
+from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, run, write_json
 from regions import attention_mask, make_layout
 from sample import default_model, generate, load, strategy, strategy_name
 
@@ -107,6 +107,7 @@ def main():
     add = parser.add_argument_group("model, files, machine").add_argument
     add("--model", help=f"tiny, smollm2-135m, a folder or a hub id (out/latest if there is one, else {DEFAULT_MODEL})")
     add("--out", default="viewer.html", help="file to write (%(default)s)")
+    add("--json", help="a file for what the page shows, as JSON (a page is drawn from it again by `page`)")
     add("--cache", help="where converted checkpoints are kept ($NANOMTP_CACHE or ~/.cache/nanomtp)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where it is fast (%(default)s)")
@@ -116,8 +117,9 @@ def main():
     if args.threshold is not None and not math.isfinite(args.threshold):
         raise InputError(f"--threshold {args.threshold} is no probability")
     out = Path(args.out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise InputError(f"cannot write {out}: " + ("it is a folder" if out.is_dir() else f"no folder {out.parent}"))
+    for path in (out, *([Path(args.json)] if args.json else [])):
+        if path.is_dir() or not path.parent.is_dir():
+            raise InputError(f"cannot write {path}: " + ("it is a folder" if path.is_dir() else f"no folder {path.parent}"))
     args.model = args.model or default_model()
     device = pick_device(args.device)
     model, tokenizer, trained = load(args.model, device, pick_dtype(args.dtype, device), args.cache)
@@ -148,9 +150,12 @@ def main():
             print(f"note: {others} tokens come second in the replay, which rounds differently: near-ties")
 
     # --- a page under its final name is whole
+    data = {"model": Path(args.model).name, "prompts": entries}
     temporary = out.with_name(f".{out.name}.tmp")
     try:
-        temporary.write_text(page({"model": Path(args.model).name, "prompts": entries}), encoding="utf-8")
+        if args.json:
+            write_json(Path(args.json), {**machine(device), **data})
+        temporary.write_text(page(data), encoding="utf-8")
         temporary.replace(out)
     except OSError as error:
         temporary.unlink(missing_ok=True)
