@@ -9,6 +9,7 @@ Where a program computes, in what dtype, and what its log says about that.
 import ctypes
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -77,4 +78,5 @@ def machine(device):
     cpu = next((line.split(":", 1)[1].strip() for line in said("lscpu").splitlines() if "Model name" in line), "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
     return {"device": f"{device.type}: {name}", "torch": torch.__version__, "python": platform.python_version(),
-            "commit": said("git", "describe", "--always", "--dirty"), "command": " ".join(["python", script, *sys.argv[1:]])}
+            "commit": said("git", "describe", "--always", "--dirty"),
+            "command": " ".join(["python", script, *map(shlex.quote, sys.argv[1:])])}

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import pytest
 from conftest import ROOT
 
@@ -75,6 +76,16 @@ def test_links_and_files_exist():
             assert (ROOT / target).exists(), target
     for name in re.findall(r"python (?:-m )?(extras\.\w+|\w+\.py)", README):
         assert (ROOT / (name.replace(".", "/") + ".py" if name.startswith("extras.") else name)).exists(), name
+
+
+def test_one_command_draws_all_figures(tmp_path):
+    subprocess.run([sys.executable, "-m", "extras.figures", "--out", str(tmp_path)], cwd=ROOT, check=True)
+    shown = {target.removeprefix("assets/") for target in re.findall(r"\]\((assets/[^)]+)\)", README)}
+    assert len(shown) >= 6 and shown == {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "viewer.html").read_bytes() == (ROOT / "assets" / "viewer.html").read_bytes()
+    for picture in tmp_path.glob("*.png"):
+        committed, drawn = (plt.imread(folder / picture.name) for folder in (ROOT / "assets", tmp_path))
+        assert committed.shape == drawn.shape and abs(committed - drawn).mean() < 0.01, picture.name
 
 
 def test_functions_it_sends_the_reader_to_exist():

@@ -436,6 +436,18 @@ def test_overfits_four_rows(tiny, tmp_path):
     assert first["sample"].startswith("[1|") and final["sample"].startswith("[4|")
 
 
+def test_prose_is_not_right_for_lack_of_a_number(tiny, tmp_path):
+    """Neither the answer nor the model's text holds a number: that they agree in that says nothing."""
+    path = tmp_path / "prose.jsonl"
+    path.write_text("".join(json.dumps({"question": q, "answer": "and and and"}) + "\n" for q in ("How?", "Why?", "Who?")))
+    run_train("--model", tiny, "--data", path, "--k", 2, "--overfit", 2, "--batch-size", 2, "--lr", 3e-3, "--steps", 30,
+              "--cooldown", 0, "--eval-every", 30, "--eval-prompts", 1, "--eval-tokens", 4, "--prompt-format", "plain",
+              "--targets", "ground-truth", "--prefix-loss", 1, "--out", tmp_path / "out")
+    last = log_rows(tmp_path / "out", "eval")[-1]
+    assert "and" in last["sample"] and not any(c.isdigit() for c in last["sample"].replace("[2|", "").replace("[1|", ""))
+    assert last["accuracy_k1"] == last["accuracy"] == 0
+
+
 @pytest.mark.parametrize("flags", [
     ["--targets", "soft", "--bidirectional", "--micro-batch-size", 3], ["--targets", "hard", "--prefix-loss", 0.5],
     ["--targets", "ground-truth", "--prefix-loss", 2, "--micro-batch-size", 1], ["--fixed-k", "--slot1-weight", 3]])

@@ -164,7 +164,16 @@ def test_static_and_plain(trained, tiny, tmp_path):
     assert os.listdir(tmp_path) == ["a.html"]                                           # no temporary file stays
 
 
-FLAGS = "help prompt-format seed k threshold max-new-tokens model out cache device dtype"
+def test_what_it_shows_is_kept(trained, tmp_path):
+    """--json: the page can be drawn from it again."""
+    out, kept = tmp_path / "a.html", tmp_path / "a.json"
+    assert cli(viewer, "--model", trained, "--max-new-tokens", 5, "--out", out, "--json", kept).code == 0
+    record = json.loads(kept.read_text(encoding="utf-8"))
+    assert {"commit", "command", "device"} <= record.keys()
+    assert viewer.page({name: record[name] for name in ("model", "prompts")}) == out.read_text(encoding="utf-8")
+
+
+FLAGS = "help prompt-format seed k threshold max-new-tokens model out json cache device dtype"
 
 
 def test_help_names_every_flag():
@@ -179,7 +188,7 @@ def test_help_names_every_flag():
     (["--threshold", "nan"], "--threshold nan"), (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     (["--model", "nosuch"], "'nosuch'"), (["--device", "nosuch"], "'nosuch'"), (["--dtype", "fp8"], "fp8"),
     (["--prompt-format", "jinja"], "jinja"), (["--out", "{tmp}"], "it is a folder"),
-    (["--out", "{tmp}/no/a.html"], "no folder {tmp}/no"),
+    (["--out", "{tmp}/no/a.html"], "no folder {tmp}/no"), (["--json", "{tmp}/no/a.json"], "no folder {tmp}/no"),
     (["word " * 600], "does not fit the model's context of 512 tokens")], ids=lambda value: str(value)[:30])
 def test_refusals(flags, message, trained, tmp_path):
     flags = [flag.format(tmp=tmp_path) for flag in flags]
