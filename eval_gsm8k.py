@@ -70,13 +70,13 @@ def normalise(text):
 
 
 def gold_of(answer):
-    """The number that a worked answer ends with: what stands behind "####", else its last number; "[invalid]" if none."""
-    return answer.split("####")[-1].strip() if "####" in answer else extract_flexible(answer)
+    """The number that a worked answer ends with: the line behind "####" (GSM8K, MetaMath), else its last number."""
+    return answer.split("####")[-1].strip().split("\n")[0] if "####" in answer else extract_flexible(answer)
 
 
 def is_right(extracted, gold):
-    """exact_match; nothing is right where the gold answer holds no number."""
-    return gold != "[invalid]" and normalise(extracted) == normalise(gold)
+    """exact_match; nothing is right where the gold answer holds no digit."""
+    return bool(re.search(r"\d", gold)) and normalise(extracted) == normalise(gold)
 
 
 def standard_error(hits):
@@ -168,7 +168,7 @@ def score(result, tokenizer, gold, stops, task):
 
 
 def as_generation(row):
-    """A row's Generation again, for the statistics that sample.py keeps."""
+    """A row's Generation again, for the statistics of extras/report.py."""
     return Generation(tokens=row["tokens"], chunks=row["chunks"], finish=row["finish"], seconds=row["seconds"],
                       prompt_seconds=row["prompt_seconds"])
 
@@ -328,9 +328,10 @@ def main():
     task = "gsm8k_cot" if style in QA_FORMATS else "gsm8k"
     prompts = [build_prompt(tokenizer, row["question"], examples, style) for row in questions]
     golds = [gold_of(row["answer"]) for row in questions]
-    if "[invalid]" in golds:
-        print(f"note: {golds.count('[invalid]')} of {len(golds)} gold answers hold no number, and never count as right: all "
-              "to compare is the text with that of k = 1, and its loss under --baseline")
+    prose = sum(not re.search(r"\d", gold) for gold in golds)
+    if prose:
+        print(f"note: {prose} of {len(golds)} gold answers hold no number, and never count as right. What such rows tell is "
+              "in the columns on their text: the same as with k = 1, and its loss under --baseline")
 
     # --- strategies: (name, model, k, threshold); k = 1 always comes first, all others are compared with it
     ks, thresholds = args.k or [], args.threshold or []

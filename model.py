@@ -6,7 +6,7 @@ The transformer: Llama (3.x, SmolLM2), Qwen2/2.5 and Qwen3, by hand, in one file
     logits = model(ids, positions, mask)                        # (B, T, V)
 
 The model knows nothing about multi-token prediction. It takes *any* positions and *any* boolean attention mask; all of
-the method lives in who calls it: train.py lays out masks for training, sample.py for decoding. Modules carry the names
+the method lives in who calls it: regions.py lays out masks for training, sample.py for decoding. Modules carry the names
 of the checkpoint (`model.layers.0.self_attn.q_proj`), so that loading is a strict `load_state_dict` and a saved model
 opens in transformers unchanged.
 

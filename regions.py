@@ -114,7 +114,7 @@ class Batch(NamedTuple):
 def make_batch(encoded, k, offset, stride, mask_id, end_id, device, bidirectional=False, prefix=False):
     """Encoded rows -> a Batch on `device`.
 
-    encoded          B pairs (tokens of the prompt, ids of prompt and answer)
+    encoded          B pairs (number of tokens of the prompt, ids of prompt and answer)
     offset, stride   an anchor at every `stride`-th token of the answer, the first one `offset` tokens in
     bidirectional    the student's masks of a region see each other both ways
     prefix           the answers' own tokens are to be trained on too

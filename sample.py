@@ -119,8 +119,11 @@ def pass_layout(cache, slots, n_pending, longest, k, wide, bidirectional):
         the same, wide      p0 p1 M  M  M  M            a region behind p0 and one behind p1, as in training: p0's
                             c  +1 +1 +2 +2 +3           masks stand where p1 does and behind it
 
+    cache       knows the committed length of each row
     slots       (S,) long: 0 .. S-1, enough for the longest row and this pass
-    n_pending   (B,) long: pending tokens of each row; longest: the most of any row
+    n_pending   (B,) long: pending tokens of each row
+    longest     room for them, at least the most of any row
+    wide        k - 1 masks behind each pending token, not behind the last one only
     returns positions (B, T) long and mask (B, T, S) bool
     """
     if wide:

@@ -6,14 +6,14 @@ Teach a pretrained model to write several tokens per forward pass, by self-disti
     python train.py --preset smollm2 --minutes 90 --out out-gsm8k --resume
 
 The idea. Append k-1 copies of one special token, <|mtp|>, to a text. The pass that predicts the next token at the last
-real token now also predicts, at each <|mtp|>, the token that comes one place after it:
+real token now also predicts, at each <|mtp|>, the token that comes one position after it:
 
-    place      i       i+1     i+2     i+3
+    position   i       i+1     i+2     i+3
     input      xi      <|mtp|> <|mtp|> <|mtp|>          k = 4
-    predicts   y1      y2      y3      y4               for the places i+1, i+2, i+3, i+4
+    predicts   y1      y2      y3      y4               for positions i+1, i+2, i+3, i+4
 
-Trained on ground truth, each slot would learn what is likely at its place *by itself*, and the most likely words of
-several places need not fit together: where "7 apples" and "5 books" are both good answers, "7 books" is not. So the
+Trained on ground truth, each slot would learn what is likely at its position *by itself*, and the most likely words of
+several positions need not fit together: where "7 apples" and "5 books" are both good answers, "7 books" is not. So the
 student is judged on what it wrote jointly, in every step of training:
 
     1. the student reads text and masks and writes y1 .. yk, the most likely token at each slot         (rollout)
@@ -21,9 +21,9 @@ student is judged on what it wrote jointly, in every step of training:
        masks' places, and says at each slot what *it* would have written after what the student wrote   (teacher)
     3. cross-entropy of the student's slots against the teacher's choices                               (hard targets)
 
-All of the student's weights are trained; the only new parameter is one row of the embedding, so the result is an
-ordinary checkpoint. The paper's recipe (section on training): AdamW, lr 1e-5 after 2000 steps of warm-up, batches of 128
-sequences, k up to 16.
+All of the student's weights are trained; new is only the mask token's row of the embedding (and of the output matrix,
+where that is another one), so the result is an ordinary checkpoint. The paper's recipe (section on training): AdamW, lr
+1e-5 after 2000 steps of warm-up, batches of 128 sequences, k up to 16.
 
 Words: an *anchor* is the last text token that a problem sees; anchor and masks together are its *region*; the k places
 where predictions are read, the anchor first, are its *slots* (regions.py draws them).
@@ -167,11 +167,9 @@ def region_loss(student, teacher, batch, mask_id, stop_ids, end_id, soft=False, 
             loss = loss + soft_loss(hidden[distribution], layer, teacher_hidden[distribution], teacher_layer)
         return loss
 
-    everywhere, slot1 = torch.ones_like(rollout, dtype=torch.bool), torch.zeros_like(rollout, dtype=torch.bool)
+    slot1 = torch.zeros_like(rollout, dtype=torch.bool)
     slot1[:, 0] = True
-    loss = loss_at(everywhere)
-    if slot1_weight != 1:                                               # it is in the sum once: so many times more
-        loss = loss + (slot1_weight - 1) * loss_at(slot1)
+    loss = loss_at(slot1 | True) if slot1_weight == 1 else slot1_weight * loss_at(slot1) + loss_at(~slot1)
     prefix_loss = hard_loss(prefix_hidden, layer, batch.next_token) if len(batch.next_token) else 0.0
     return loss, prefix_loss, rollout, targets, confidence
 

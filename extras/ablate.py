@@ -3,7 +3,7 @@ The paper's ablations in miniature: the tiny model trained once per variant and 
 
     python -m extras.ablate                                     # 19 runs of about three minutes, into out-ablate
     python -m extras.ablate --resume                            # go on after Ctrl-C, or worse
-    python -m extras.ablate --only default soft --steps 100     # a look
+    python -m extras.ablate --only default "soft teacher"      # a look
 
 Every run is `python train.py` with one flag more than the default's, from the same start checkpoint, on the same rows in the
 same order (they follow from --seed), for the same number of steps ("dense anchors": for the same time), and then
@@ -89,37 +89,51 @@ def compare(difference, error, paper):
     return "holds" if difference * paper > 0 else "does not hold"
 
 
+def against_default(table, name):
+    """How a variant differs from the default at threshold 0.9: (points, error, tokens per forward, error), and for both
+    whether the paper's order is ours; None without a run of the paper's."""
+    (accuracy, error, speed, speed_error), (a, a_error, s, s_error) = (table[n]["adaptive 0.9"] for n in ("default", name))
+    difference = (a - accuracy, math.hypot(error, a_error), s - speed, math.hypot(speed_error, s_error))
+    paper, base = VARIANTS[name][2], VARIANTS["default"][2]
+    order = paper and (compare(*difference[:2], paper[0] - base[0]), compare(*difference[2:], paper[1] - base[1]))
+    return difference, order
+
+
 def orderings(table):
     """One line for each variant: how it differs from the default at threshold 0.9, there and here."""
-    lines, (accuracy, error, speed, speed_error) = [], table["default"]["adaptive 0.9"]
-    for name, own in table.items():
+    lines, base = [], VARIANTS["default"][2]
+    for name in table:
         if name == "default":
             continue
-        a, a_error, s, s_error = own["adaptive 0.9"]
-        a_error, s_error = math.hypot(error, a_error), math.hypot(speed_error, s_error)
-        line = (f"- **{name}** against the default: {a - accuracy:+.1f} +- {a_error:.1f} points, {s - speed:+.2f} +- "
-                f"{s_error:.2f} tokens per forward.")
-        paper = VARIANTS[name][2]
-        if paper is None:
+        difference, order = against_default(table, name)
+        line = "- **{}** against the default: {:+.1f} +- {:.1f} points, {:+.2f} +- {:.2f} tokens per forward.".format(
+            name, *difference)
+        if order is None:
             lines.append(line + " The paper has no such run.")
             continue
-        paper_a, paper_s = paper[0] - VARIANTS["default"][2][0], paper[1] - VARIANTS["default"][2][1]
-        lines.append(f"{line} The paper: {paper_a:+.1f} points, {paper_s:+.1f}. Its order in accuracy "
-                     f"{compare(a - accuracy, a_error, paper_a)}; in tokens per forward it "
-                     f"{compare(s - speed, s_error, paper_s)}.")
+        paper = VARIANTS[name][2]
+        lines.append(f"{line} The paper: {paper[0] - base[0]:+.1f} points, {paper[1] - base[1]:+.1f}. Its order in accuracy "
+                     f"{order[0]}; in tokens per forward it {order[1]}.")
     return "\n".join(lines)
 
 
 def markdown(table, runs):
-    lines = ["| variant | runs | " + " | ".join(STRATEGIES) + " |", "|" + "---|" * (2 + len(STRATEGIES))]
+    """The table: accuracy in % @ tokens per forward, with errors; at the end the paper's at 0.9, and whether its order of
+    variant and default holds here."""
+    heads = ["variant", "runs", *STRATEGIES, "paper, 0.9", "its order of accuracy", "of tokens per forward"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name, own in table.items():
         cells = ["{:.1f} +- {:.1f} @ {:.2f} +- {:.2f}".format(*own[strategy]) for strategy in STRATEGIES]
+        paper, order = VARIANTS[name][2], None
+        if name != "default" and "default" in table:
+            order = against_default(table, name)[1]
+        cells += ["{:.1f} @ {:.1f}".format(*paper) if paper else "", *(order or ("", ""))]
         lines.append(f"| {name} | {len(runs[name])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main():
-    parser = ArgumentParser(prog="extras.ablate", description=__doc__)
+    parser = ArgumentParser(prog="-m extras.ablate", description=__doc__)
     add = parser.add_argument_group("the runs").add_argument
     add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="these variants (all)")
     add("--model", default="tiny", help="start checkpoint (%(default)s)")

@@ -22,7 +22,7 @@ from tokenizer import Tokenizer
 
 
 def main():
-    parser = ArgumentParser(prog="extras.answers", description=__doc__)
+    parser = ArgumentParser(prog="-m extras.answers", description=__doc__)
     add = parser.add_argument_group("what to ask").add_argument
     add("--data", default="gsm8k", help="gsm8k, metamath, wordproblems or a JSONL file: its training rows (%(default)s)")
     add("--limit", type=int, default=1000, help="the first N questions (%(default)s)")

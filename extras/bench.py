@@ -197,7 +197,7 @@ def bytes_per_pass(model, context):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main():
-    parser = ArgumentParser(prog="bench.py", description=__doc__)
+    parser = ArgumentParser(prog="-m extras.bench", description=__doc__)
     add = parser.add_argument
     add("--model", help="tiny, smollm2-135m, a folder or a hub id (out/latest if there is one, else tiny)")
     add("--cache", help="where converted checkpoints are kept ($NANOMTP_CACHE or ~/.cache/nanomtp)")

@@ -1,7 +1,7 @@
 """
 Checkpoints of training: out/step-N is a Hugging Face folder plus trainer.pt, out/latest points to the newest.
 
-    python train.py --out out-k3 --resume                       # goes on from out-k3/latest, bit for bit
+    python train.py --k 3 --out out-k3 --resume                 # goes on from out-k3/latest, bit for bit
     python sample.py --model out-k3                             # reads the same folder, and so does transformers
 
 A run may be killed at any moment: a folder is written under a hidden name and renamed, so that out/latest is always whole.

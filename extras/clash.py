@@ -67,7 +67,7 @@ def measure(folder, rows, k):
 
 
 def main():
-    parser = ArgumentParser(prog="extras.clash", description=__doc__)
+    parser = ArgumentParser(prog="-m extras.clash", description=__doc__)
     parser.add_argument("--k", type=int, default=2, help="tokens per pass, fixed (%(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="of each training (%(default)s)")
     parser.add_argument("--limit", type=int, default=200, help="unseen questions (%(default)s)")

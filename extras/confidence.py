@@ -61,7 +61,7 @@ def correlations(answers):
 
 
 def main():
-    parser = ArgumentParser(prog="extras.confidence", description=__doc__)
+    parser = ArgumentParser(prog="-m extras.confidence", description=__doc__)
     add = parser.add_argument_group("what to ask").add_argument
     add("--data", default="wordproblems", help="wordproblems, gsm8k or a JSONL file (%(default)s)")
     add("--limit", type=int, default=200, help="the first N questions (%(default)s)")

@@ -85,7 +85,7 @@ def one_round(checkout, model, flags, args):
 
 
 def main():
-    parser, flag = ArgumentParser(prog="extras.efficiency", description=__doc__), argparse.BooleanOptionalAction
+    parser, flag = ArgumentParser(prog="-m extras.efficiency", description=__doc__), argparse.BooleanOptionalAction
     add = parser.add_argument_group("what to train").add_argument
     add("--model", default="tiny", help="start checkpoint (%(default)s)")
     add("--data", default="wordproblems", help="as for train.py (%(default)s)")

@@ -235,8 +235,8 @@ FIGURES = {
 
 
 def main():
-    parser = ArgumentParser(prog="figures.py", description=__doc__)
-    parser.add_argument("--out", default=str(RESULTS.parent / "assets"), help="folder for the PNG files (assets)")
+    parser = ArgumentParser(prog="-m extras.figures", description=__doc__)
+    parser.add_argument("--out", default=str(RESULTS.parent / "assets"), help="folder for pictures and page (assets)")
     args = parser.parse_args()
     for name, draw in FIGURES.items():
         figure = draw()

@@ -113,7 +113,7 @@ class NanoMTP(TemplateLM):
 
 
 def main():
-    parser = ArgumentParser(prog="lm_eval_adapter.py", description=__doc__)
+    parser = ArgumentParser(prog="-m extras.lm_eval_adapter", description=__doc__)
     add = parser.add_argument_group("what to ask").add_argument
     add("--tasks", nargs="+", required=True, help="names that lm-eval knows, such as gsm8k_cot")
     add("--include", help="a folder with more task files")

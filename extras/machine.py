@@ -4,7 +4,7 @@ Where a program computes, in what dtype, and what its log says about that.
     from extras.machine import machine, pick_device, pick_dtype
     device = pick_device("auto")                                # CUDA, else Apple silicon, else the CPU
     dtype = pick_dtype("auto", device)                          # bf16 where that is faster
-    machine(device)                                             # what every log in results/ begins with
+    machine(device)                                             # what the logs in results/ say of their machine
 """
 import ctypes
 import platform

@@ -33,7 +33,7 @@ import train
 from extras.machine import DTYPES, keep_freed_memory, machine, peak_memory, pick_device, pick_dtype
 from model import Config, Transformer
 from pretrained import ArgumentParser, InputError, read_json, resolve, run, write_json
-from regions import choose_anchors
+from regions import choose_anchors, make_batch
 
 SPARE = 0.1         # share of --memory that stays free
 
@@ -166,7 +166,7 @@ def two_steps(args, config, device):
         teacher = None if args.targets == "ground-truth" else Transformer(config).to(dtype).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), fused=True)
     mask_id = config.vocab_size - 1 if args.k > 1 else None
-    batch = train.make_batch([(args.prompt_tokens, [1] * args.seq_len)] * B, args.k, 0, args.stride, mask_id, 0, device,
+    batch = make_batch([(args.prompt_tokens, [1] * args.seq_len)] * B, args.k, 0, args.stride, mask_id, 0, device,
                              args.bidirectional, args.prefix_loss > 0)
     for _ in range(2):                                                      # the first step brings AdamW's moments,
         for _ in range(min(passes, 2)):                                     # the first pass the gradients that wait
@@ -202,7 +202,7 @@ def measure(args, config, device):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def get_args():
-    parser = ArgumentParser(prog="plan.py", description=__doc__)
+    parser = ArgumentParser(prog="-m extras.plan", description=__doc__)
     add = parser.add_argument
     add("--prompt-tokens", type=int, help="of each text; fewer mean more regions (a quarter of --seq-len)")
     add("--attention", choices=["fused", "math"], default="fused", help="with a mask and grouped heads torch 2.13 has a "

@@ -1,10 +1,10 @@
 """
 What a decoded answer looks like, and what it counts: coloured chunks, speeds, acceptance, a summary.
 
-    from extras.report import chunks_of, summary
-    print(summary([generate(model, prompts, k=3, mask_id=mask_id)]))
+    from extras.report import summary
+    print(summary([results]))                                   # Generations, as sample.py's `generate` returns them
 
-Nothing here decodes. All functions take the Generations that sample.py's `generate` returns.
+Nothing here decodes.
 """
 import codecs
 import itertools

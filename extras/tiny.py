@@ -40,7 +40,7 @@ def train_tokenizer(problems, vocab_size):
 
 
 def main():
-    parser = ArgumentParser(prog="tiny.py", description=__doc__)
+    parser = ArgumentParser(prog="-m extras.tiny", description=__doc__)
     parser.add_argument("--out", default=str(Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"),
                         help="folder to write into (checkpoints/tiny)")
     parser.add_argument("--limit", type=int, default=20_000, help="word problems to train on (default: %(default)s)")

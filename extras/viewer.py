@@ -26,7 +26,7 @@ import torch
 from data import WordProblems
 from extras.machine import DTYPES, machine, pick_device, pick_dtype
 from extras.report import chunks_of, printable, shared_prefix
-from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, run, write_json
+from pretrained import DEFAULT_MODEL, ArgumentParser, InputError, run
 from regions import attention_mask, make_layout
 from sample import default_model, generate, load, strategy, strategy_name
 
@@ -151,15 +151,16 @@ def main():
 
     # --- a page under its final name is whole
     data = {"model": Path(args.model).name, "prompts": entries}
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        if args.json:
-            write_json(Path(args.json), {**machine(device), **data})
-        temporary.write_text(page(data), encoding="utf-8")
-        temporary.replace(out)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {out}: {error.strerror}") from None
+    for path, text in ((args.json, json.dumps({**machine(device), **data}) + "\n"), (out, page(data))):
+        if path is None:
+            continue
+        temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise InputError(f"cannot write {path}: {error.strerror}") from None
     print(f"{out}: open it in a browser")
 
 

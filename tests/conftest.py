@@ -7,6 +7,9 @@ Shared by all tests: tiny random checkpoints, and the real SmolLM2 where it can 
     def test_something(tiny): ...                               # one such folder, shared: read it, never write to it
     def test_something(smollm2): ...                            # the real model's folder, or the test is skipped
 
+    run_train("--k", 3, "--out", out)                           # train.py in this process
+    log_rows(out, "train")                                      # what it logged
+
 Weights and tokenizer come from transformers and tokenizers, never from our own code: what we compare with must not
 share our mistakes.
 """

@@ -44,8 +44,6 @@ def cli(module, *argv, stream=io.StringIO):
     quiet = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with pytest.MonkeyPatch.context() as patch, signals_kept(), quiet[0], quiet[1]:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
-        printer = report.ChunkPrinter
-        patch.setattr(sample, "ChunkPrinter", lambda tokenizer: printer(tokenizer, sys.stdout))     # the one of now
         try:
             pretrained.run(module.main)
         except SystemExit as stopped:

@@ -73,7 +73,8 @@ def test_gold_answers_of_other_data():
     assert gold_of("It is 3, no, 1,200.\n#### 7") == "7" and is_right("1,200", gold_of("It is 3, no, 1,200"))
     prose = gold_of("It rained all day.")
     assert prose == "[invalid]" and not is_right(extract_flexible("It rained all day."), prose)
-    assert not is_right("[invalid]", gold_of("#### 7"))
+    assert not is_right("[invalid]", gold_of("#### 7")) and not is_right("...", gold_of("It rained ..."))
+    assert gold_of("2 * 4 = 8.\n#### 8\nThe answer is: 8") == "8"                       # MetaMath's form
 
 
 def test_statistics():

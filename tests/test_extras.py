@@ -5,6 +5,7 @@ worked out by hand, and each of them run on something very small.
 import json
 import statistics
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,20 @@ def test_ablation_runs_and_resumes(tmp_path, monkeypatch, capfd):
         run_script(monkeypatch, ablate, *flags, "--resume", "--limit", 3)
     with pytest.raises(InputError, match="at least 3"):
         run_script(monkeypatch, ablate, "--k", 2)
+
+
+def test_what_each_variant_runs(tmp_path, monkeypatch, capsys):
+    """Its own flag on top of the common ones; half of the steps as a curriculum; fewer steps where each takes longer."""
+    commands = []
+    monkeypatch.setattr(ablate.subprocess, "run", lambda command: commands.append(command) or SimpleNamespace(returncode=1))
+    for number, (name, (flags, seeds, _)) in enumerate(ablate.VARIANTS.items()):
+        with pytest.raises(InputError, match="train.py failed"):
+            run_script(monkeypatch, ablate, "--only", name, "--steps", 320, "--out", tmp_path / str(number))
+        text = " ".join(commands[-1])
+        steps = 200 if name == "dense anchors" else 320
+        assert f"--steps {steps} --cooldown {steps // 2} " in text and "--k 4 " in text and seeds in (2, 3)
+        assert text.count(" ".join(flags).replace("HALF", "160")) == 1 if flags else True
+    assert sum("--curriculum 160" in " ".join(command) for command in commands) == 1
 
 
 # --- efficiency

@@ -85,7 +85,7 @@ def test_one_command_draws_all_figures(tmp_path):
     assert (tmp_path / "viewer.html").read_bytes() == (ROOT / "assets" / "viewer.html").read_bytes()
     for picture in tmp_path.glob("*.png"):
         committed, drawn = (plt.imread(folder / picture.name) for folder in (ROOT / "assets", tmp_path))
-        assert committed.shape == drawn.shape and abs(committed - drawn).mean() < 0.01, picture.name
+        assert committed.shape == drawn.shape and abs(committed - drawn).mean() < 0.001, picture.name
 
 
 def test_functions_it_sends_the_reader_to_exist():

@@ -181,7 +181,7 @@ def test_disk_full_at_the_link(common, tmp_path, monkeypatch):
     """The checkpoint is written, but `latest` cannot be moved: one line, and it still points to the one before."""
     out = train_briefly(tmp_path / "out", *common, "--steps", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(training.Path, "symlink_to", no_space)
+        patch.setattr(Path, "symlink_to", no_space)
         result = cli(training, *common, "--steps", 2, "--out", out, "--resume")
     assert result.code == 2 and f"cannot write {out}/latest" in result.err and "Traceback" not in result.err
     assert newest(out) == 1
@@ -237,7 +237,7 @@ def test_disk_full(common, tmp_path, monkeypatch, what):
         if what == "weights":
             patch.setattr(model, "save_file", no_space)
         elif what == "trainer.pt":
-            patch.setattr(training.torch, "save", no_space)
+            patch.setattr(torch, "save", no_space)
         elif what == "no folder":
             patch.setattr(pretrained.tempfile, "mkdtemp", no_space)
         try:
@@ -355,8 +355,8 @@ def test_killed_twenty_times(nursery, common, tmp_path):
 
 
 @pytest.mark.parametrize("where, count", [
-    ("model.save_file", 2), ("train.torch.save", 1), ("os.fsync", 4), ("pretrained.Path.rename", 2),
-    ("train.Path.symlink_to", 1), ("train.Path.replace", 2), ("os.unlink", 3)])
+    ("model.save_file", 2), ("torch.save", 1), ("os.fsync", 4), ("pretrained.Path.rename", 2),
+    ("pathlib.Path.symlink_to", 1), ("pathlib.Path.replace", 2), ("os.unlink", 3)])
 def test_killed_in_the_middle_of_a_save(nursery, common, tmp_path, where, count):
     """At every place of a save where dying could hurt, and at the same place again: what is left is whole, goes on, and
     piles up nowhere."""

@@ -16,6 +16,7 @@ from eval_gsm8k import extract_flexible
 from extras import tiny as maker
 from model import Transformer
 from pretrained import InputError, read_json, resolve
+from regions import make_batch
 from sample import generate, load
 from tokenizer import Tokenizer
 
@@ -106,7 +107,7 @@ def test_random_weights():
 def test_k1_with_ground_truth_is_the_ordinary_next_token_loss():
     model, tokenizer = Transformer.from_pretrained(FOLDER), Tokenizer(FOLDER)
     encoded = encode_rows([WordProblems(0)[i] for i in range(3)], tokenizer, "plain", 224)
-    batch = training.make_batch(encoded, 1, 0, 1, None, tokenizer.end_id, torch.device("cpu"), prefix=True)
+    batch = make_batch(encoded, 1, 0, 1, None, tokenizer.end_id, torch.device("cpu"), prefix=True)
     loss, prefix, _, targets, _ = training.region_loss(model, None, batch, None, tokenizer.stop_ids, tokenizer.end_id)
     expected, answers = 0.0, []
     for prompt, text in encoded:
@@ -122,7 +123,7 @@ def test_k1_with_ground_truth_is_the_ordinary_next_token_loss():
 def test_ground_truth_for_several_slots():
     """Slot j's target is the j-th token behind the anchor; behind the text's end the end, behind a cut nothing."""
     whole, short = (2, [10, 11, 12, 13, 14, 2]), (2, [20, 21, 22, 23])              # the second was cut at --seq-len
-    batch = training.make_batch([whole, short], 3, 0, 2, 99, 2, torch.device("cpu"), prefix=True)
+    batch = make_batch([whole, short], 3, 0, 2, 99, 2, torch.device("cpu"), prefix=True)
     assert batch.slots[1][:, 0].tolist() == [1, 3, 1]
     assert batch.truth.tolist() == [[12, 13, 14], [14, 2, 2], [22, 23, -100]]
     assert batch.next_token.tolist() == [12, 13, 14, 2, 22, 23]

@@ -18,9 +18,9 @@ import train as training
 from data import draw_rows, encode_rows, load_data
 from model import Transformer, add_mask_token
 from pretrained import InputError, read_json
-from regions import attention_mask, choose_anchors, make_layout
+from regions import attention_mask, choose_anchors, make_batch, make_layout
 from tokenizer import Tokenizer
-from train import behind_stop, draw_k_and_offset, make_batch, region_loss
+from train import behind_stop, draw_k_and_offset, region_loss
 
 CPU, MASK = torch.device("cpu"), TINY_VOCAB
 KINDS = ("hard", "soft", "ground-truth")
@@ -106,7 +106,7 @@ def test_mask_against_a_double_loop(k, offset, stride, bidirectional):
 def interleaved(text, anchors, k, mask_id):
     """The paper's layout of the same problems: each region stands right behind its anchor, inside the text.
 
-    Built one token at a time, and its mask one pair at a time, to share nothing with train.py.
+    Built one token at a time, and its mask one pair at a time, to share nothing with regions.py.
     """
     tokens = []                                                     # (id, position, region, anchor) in sequence order
     for i, token in enumerate(text):

@@ -10,8 +10,10 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -20,6 +22,7 @@ from conftest import train_briefly
 from test_cli import assert_refused, cli, everything_under
 
 from extras import viewer
+from extras.machine import machine
 from extras.report import chunks_of
 from sample import accept, generate, load
 
@@ -171,6 +174,19 @@ def test_what_it_shows_is_kept(trained, tmp_path):
     record = json.loads(kept.read_text(encoding="utf-8"))
     assert {"commit", "command", "device"} <= record.keys()
     assert viewer.page({name: record[name] for name in ("model", "prompts")}) == out.read_text(encoding="utf-8")
+    before = out.read_bytes()
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    os.symlink("/dev/full", tmp_path / ".b.json.tmp")                   # where it is written first
+    result = cli(viewer, "--model", trained, "--max-new-tokens", 4, "--out", out, "--json", tmp_path / "b.json")
+    assert result.code == 2 and f"cannot write {tmp_path / 'b.json'}" in result.err and out.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["a.html", "a.json"]
+
+
+def test_the_command_of_a_log_can_be_pasted(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["somewhere/extras/viewer.py", "How many?", "--k", "3"])
+    command = machine(torch.device("cpu"))["command"]
+    assert shlex.split(command) == ["python", "-m", "extras.viewer", "How many?", "--k", "3"]
 
 
 FLAGS = "help prompt-format seed k threshold max-new-tokens model out json cache device dtype"
