@@ -139,33 +139,36 @@ def chunked_answer(rows, tokenizer_folder, strategies, question=0, width=46):
 # ----------------------------------------------------------------------------------------------------------------------
 # What came out: drawn from logs in results/
 
-def training_curves(log):
-    """Agreement with the teacher at each slot, and tokens per forward on held-out prompts, against steps."""
-    rows = read_log(log)
-    settings, train, held_out = rows["start"][0], rows["train"], rows["eval"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for slot in range(settings["k"]):
-        # a row knows the slots of its own steps only: shorter lists, or None, where k was drawn smaller
-        points = [(row["step"], row["agreement"][slot]) for row in train
-                  if slot < len(row["agreement"]) and row["agreement"][slot] is not None]
-        left.plot(*zip(*points), color=COLOURS[slot % len(COLOURS)], alpha=0.25, linewidth=1)
-        smooth = []                                             # running mean over 25 steps, on top of the raw line
-        for step, _ in points:
-            near = [value for other, value in points if abs(other - step) <= 12]
-            smooth.append((step, sum(near) / len(near)))
-        left.plot(*zip(*smooth), color=COLOURS[slot % len(COLOURS)], linewidth=2, label=f"slot {slot + 1}")
-    left.set(xlabel="step", ylabel="agreement with the teacher", ylim=(0, 1), title="training batches")
-    left.legend(frameon=False)
-    right.plot([row["step"] for row in held_out], [row["tokens_per_forward"] for row in held_out], marker="o",
-               color=COLOURS[0], label="tokens per forward, threshold 0.9")
-    right.plot([row["step"] for row in held_out], [row["agreement_with_k1"] for row in held_out], marker="s",
-               color=COLOURS[1], label="share of the text before it parts from k = 1")
-    right.set(xlabel="step", ylim=(0, 1.1 * max(row["tokens_per_forward"] for row in held_out)),
-              title=f"{held_out[0]['prompts']} held-out prompts")
-    right.legend(frameon=False)
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+def training_curves(logs):
+    """Agreement with the teacher at each slot, and tokens per forward on held-out prompts, against steps; a row per run.
+
+    logs   {title: path of a log.jsonl}
+    """
+    figure, rows = plt.subplots(len(logs), 2, figsize=(10, 3.6 * len(logs)), layout="constrained", squeeze=False)
+    for (left, right), (title, log) in zip(rows, logs.items()):
+        events = read_log(log)
+        train, held_out = events["train"], events["eval"]
+        for slot in range(events["start"][0]["k"]):
+            # a row knows the slots of its own steps only: shorter lists, or None, where k was drawn smaller
+            points = [(row["step"], row["agreement"][slot]) for row in train
+                      if slot < len(row["agreement"]) and row["agreement"][slot] is not None]
+            left.plot(*zip(*points), color=COLOURS[slot % len(COLOURS)], alpha=0.25, linewidth=1)
+            smooth = []                                         # running mean over 25 steps, on top of the raw line
+            for step, _ in points:
+                near = [value for other, value in points if abs(other - step) <= 12]
+                smooth.append((step, sum(near) / len(near)))
+            left.plot(*zip(*smooth), color=COLOURS[slot % len(COLOURS)], linewidth=2, label=f"slot {slot + 1}")
+        left.set(xlabel="step", ylabel="agreement with the teacher", ylim=(0, 1), title=title)
+        left.legend(frameon=False, ncols=2)
+        right.plot([row["step"] for row in held_out], [row["tokens_per_forward"] for row in held_out], marker="o",
+                   color=COLOURS[0], label="tokens per forward, threshold 0.9")
+        right.plot([row["step"] for row in held_out], [row["agreement_with_k1"] for row in held_out], marker="s",
+                   color=COLOURS[1], label="share of the text before it parts from k = 1")
+        right.set(xlabel="step", ylim=(0, 1.8), title=f"{held_out[0]['prompts']} held-out prompts")
+        right.legend(frameon=False)
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -228,7 +231,9 @@ FIGURES = {
     "masks.png": attention_masks,
     "answer.png": lambda: chunked_answer(RESULTS / "tiny-k8" / "rows.jsonl.gz", RESULTS.parent / "checkpoints" / "tiny",
                                          ["static 1", "adaptive 0.99"]),
-    "training-smollm2-gsm8k-k4.png": lambda: training_curves(RESULTS / "smollm2-gsm8k-k4" / "log.jsonl"),
+    "training-smollm2.png": lambda: training_curves({
+        "GSM8K's answers, lr 2e-4": RESULTS / "smollm2-gsm8k-k4" / "log.jsonl",
+        "its own answers, lr 1e-4": RESULTS / "smollm2-answers-lr1e-4" / "log.jsonl"}),
     "confidence-tiny-k8.png": lambda: confidence_plots(RESULTS / "confidence-tiny-k8" / "confidence.json"),
     "pareto-tiny-k8.png": lambda: pareto_plot(read_json(RESULTS / "tiny-k8" / "table.json")["table"]),
 }

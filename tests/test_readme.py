@@ -15,6 +15,8 @@ import matplotlib.pyplot as plt
 import pytest
 from conftest import ROOT
 
+from extras import ablate
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [part.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines()
@@ -111,25 +113,49 @@ NAMES = {"k = 1": "static 1", **{f"static {k}": f"static {k}" for k in (2, 3, 5)
          **{f"adaptive {t}": f"adaptive {t}" for t in ("0.99", "0.95", "0.9", "0.8")}, "start, k = 1": "start, k = 1"}
 
 
-@pytest.mark.parametrize("place, run", [(0, "tiny-k8"), (1, "tiny-k3")])
-def test_accuracies_are_those_of_the_logs(place, run):
-    """Each strategy's accuracy and tokens per forward, from the rows themselves and not from table.json."""
+def averages(run):
+    """{strategy: (accuracy in %, tokens per forward)} from the rows themselves and not from table.json."""
     answers = {}
     with gzip.open(ROOT / "results" / run / "rows.jsonl.gz", "rt") as lines:
         for row in map(json.loads, lines):
             if "strategy" in row:
-                answers.setdefault(row["strategy"], []).append(row)
-    checked = 0
+                both = 100 * row["correct"], len(row["tokens"]) / len(row["chunks"])
+                answers.setdefault(row["strategy"], []).append(both)
+    return {strategy: tuple(map(statistics.fmean, zip(*rows))) for strategy, rows in answers.items()}
+
+
+def test_accuracies_are_those_of_the_logs():
+    """Each strategy's accuracy and tokens per forward."""
+    found = averages("tiny-k8")
     for name, strategy in NAMES.items():
-        rows = [row for row in table_rows(name) if len(row) == 8 and "+-" in row[1]]
-        if strategy not in answers or len(rows) <= place and name == "static 5":
-            continue
-        own, cells = answers[strategy], rows[place]
-        accuracy = 100 * sum(row["correct"] for row in own) / len(own)
-        per_forward = sum(len(row["tokens"]) / len(row["chunks"]) for row in own) / len(own)
-        assert cells[1].split()[0] == f"{accuracy:.1f}" and cells[3].split()[0] == f"{per_forward:.2f}", (run, name)
-        checked += 1
-    assert checked >= 7
+        (cells,) = [row for row in table_rows(name) if len(row) == 8 and "+-" in row[1] and row[-1].startswith("0.")
+                    and float(row[1].split()[0]) > 50]
+        assert (cells[1].split()[0], cells[3].split()[0]) == ("{:.1f}".format(found[strategy][0]),
+                                                              "{:.2f}".format(found[strategy][1])), name
+
+
+def test_numbers_of_the_quick_starts_model():
+    """k_max 3, in a sentence."""
+    found = averages("tiny-k3")
+    text = " ".join(README.split())
+    sentence = "k = 1 {:.1f}; adaptive 0.99 {:.1f} at {:.2f} tokens per forward, adaptive 0.9 {:.1f} at {:.2f}".format(
+        found["static 1"][0], *found["adaptive 0.99"], *found["adaptive 0.9"])
+    assert sentence in text
+    times = {row["strategy"]: row["speed_up"] for row in
+             json.loads((ROOT / "results" / "tiny-k3" / "batch1" / "table.json").read_text())["table"]}
+    assert "at batch 1 {:.2f}x and {:.2f}x".format(times["adaptive 0.99"], times["adaptive 0.9"]) in text
+
+
+def test_the_ablations_are_those_of_the_runs():
+    """The table, as extras.ablate makes it from every run's own table."""
+    runs = json.loads((ROOT / "results" / "ablation" / "table.json").read_text())["runs"]
+    lines = ablate.markdown(ablate.summarise(runs), runs).splitlines()
+    assert len(lines) == 2 + len(ablate.VARIANTS) and all(line in README for line in lines)
+
+
+def test_every_file_is_in_the_map():
+    files = [str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "extras") for path in folder.glob("[!_]*.py")]
+    assert len(files) > 20 and [file for file in files if f"]({file})" not in README] == []
 
 
 def test_speeds_are_those_of_the_logs():
@@ -167,15 +193,15 @@ def test_training_speeds_are_those_of_the_race():
                                                 f"{entry['peak_bytes'] / 1e9:.2f}"]
 
 
-# --- the laptop's block, in short
+# --- blocks that need neither network nor hours: as they stand, but for fewer steps, questions and tokens
 
-SHORT = {"train.py": ["--steps", "2", "--batch-size", "2", "--eval-prompts", "2"], "sample.py": ["--max-new-tokens", "16"],
-         "eval_gsm8k.py": ["--limit", "2", "--max-new-tokens", "16"], "extras.viewer": ["--max-new-tokens", "16"]}
+SHORT = {"train.py": ["--steps", "2", "--batch-size", "2", "--eval-prompts", "2", "--eval-tokens", "8"],
+         "sample.py": ["--max-new-tokens", "16"], "eval_gsm8k.py": ["--limit", "2", "--max-new-tokens", "16"],
+         "extras.viewer": ["--max-new-tokens", "16"]}
 
 
-def test_the_laptops_commands_run(tmp_path):
-    """The first block as it stands, but for fewer steps, questions and tokens; the install is CI's own."""
-    block = BLOCKS[0]
+def run_block(block, folder):
+    """Returns how many of our scripts were run; what installs is CI's own business."""
     commands = [part.split(" #")[0].strip() for line in block.splitlines() for part in line.split(" && ")]
     ran = 0
     for command in commands:
@@ -184,10 +210,23 @@ def test_the_laptops_commands_run(tmp_path):
             assert re.match(r"python3 -m venv|\. |pip install", command), command
             continue
         where = ["-m", script] if script.startswith("extras.") else [str(ROOT / script)]
-        result = subprocess.run([sys.executable, *where, *flags, *SHORT[script]], cwd=tmp_path, capture_output=True,
+        result = subprocess.run([sys.executable, *where, *flags, *SHORT[script]], cwd=folder, capture_output=True,
                                 text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
         assert result.returncode == 0, (command, result.stderr)
         ran += 1
-    assert ran == 4
+    return ran
+
+
+def test_the_laptops_commands_run(tmp_path):
+    assert run_block(BLOCKS[0], tmp_path) == 4
     assert (tmp_path / "out" / "latest").exists() and (tmp_path / "out-eval" / "table.md").exists()
     assert (tmp_path / "viewer.html").exists()
+
+
+def test_commands_for_an_own_checkpoint_run(tiny, tmp_path):
+    (block,) = [block for block in BLOCKS if "path/to/checkpoint" in block]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{a} + 3", "response": f"That is {a + 3}."}) + "\n" for a in range(12)))
+    assert run_block(block.replace("path/to/checkpoint", str(tiny)).replace("path/to/rows.jsonl", str(path)), tmp_path) == 2
+    rows = (tmp_path / "out-eval" / "table.md").read_text()
+    assert "| start, k = 1 |" in rows and "| static 4 |" in rows
