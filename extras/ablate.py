@@ -127,7 +127,7 @@ def markdown(table, runs):
         paper, order = VARIANTS[name][2], None
         if name != "default" and "default" in table:
             order = against_default(table, name)[1]
-        cells += ["{:.1f} @ {:.1f}".format(*paper) if paper else "", *(order or ("", ""))]
+        cells += ["{:.1f} @ {:.1f}".format(*paper) if paper else "", *(one.removeprefix("is ") for one in order or ("", ""))]
         lines.append(f"| {name} | {len(runs[name])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
