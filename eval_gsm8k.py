@@ -328,7 +328,7 @@ def main():
     task = "gsm8k_cot" if style in QA_FORMATS else "gsm8k"
     prompts = [build_prompt(tokenizer, row["question"], examples, style) for row in questions]
     golds = [gold_of(row["answer"]) for row in questions]
-    prose = sum(not re.search(r"\d", gold) for gold in golds)
+    prose = sum(not is_right(gold, gold) for gold in golds)
     if prose:
         print(f"note: {prose} of {len(golds)} gold answers hold no number, and never count as right. What such rows tell is "
               "in the columns on their text: the same as with k = 1, and its loss under --baseline")

@@ -165,6 +165,16 @@ def test_the_two_runs_of_smollm2():
         assert table_rows(label) == [[label, *cells(first.get(strategy)), *cells(second[strategy], speed=True)]], label
 
 
+def test_slot_1_of_smollm2_on_unseen_questions():
+    folder = ROOT / "results" / "smollm2-answers-lr1e-4"
+    bins = json.loads((folder / "confidence" / "confidence.json").read_text())["calibration"]["slot 1"]
+    agrees = sum(b["tokens"] * b["agrees"] for b in bins) / sum(b["tokens"] for b in bins)
+    rows = [json.loads(line) for line in open(folder / "log.jsonl")]
+    last = [row["agreement"][0] for row in rows if row["event"] == "train" and row["step"] > 550]
+    text = " ".join(README.split())
+    assert f"would say in {agrees:.0%}; the {statistics.fmean(last):.0%} of the last training steps" in text
+
+
 def test_the_ablations_are_those_of_the_runs():
     """The table, as extras.ablate makes it from every run's own table."""
     runs = json.loads((ROOT / "results" / "ablation" / "table.json").read_text())["runs"]
