@@ -36,8 +36,8 @@ VARIANTS = {
     "sparse anchors": (["--stride", "7"], 2, None),
     "dense anchors": (["--stride", "1"], 2, None),
 }
-# A step with a region at every token takes longer than the default's, so there are fewer: 1.6 times in a short trial (k_max 4,
-# one thread); in the runs of seed 1 it was 1.8 times, which gave them a tenth more time (results/ablation).
+# A step with a region at every token takes longer than the default's, so there are fewer: 1.6 times in a short trial
+# (k_max 4, one thread); in the runs of seed 1 it was 1.8 times, a tenth more time for the run (results/ablation).
 SHARE_OF_STEPS = {"dense anchors": 1 / 1.6}
 STRATEGIES = ["static 1", "static 2", "static 3", "adaptive 0.99", "adaptive 0.9", "adaptive 0.8"]
 ROOT = Path(__file__).resolve().parent.parent
