@@ -6,7 +6,7 @@ The transformer: Llama (3.x, SmolLM2), Qwen2/2.5 and Qwen3, by hand, in one file
     logits = model(ids, positions, mask)                        # (B, T, V)
 
 The model knows nothing about multi-token prediction. It takes *any* positions and *any* boolean attention mask; all of
-the method lives in who calls it: regions.py lays out masks for training, sample.py for decoding. Modules carry the names
+the method lives in who calls it: mtp.py lays out training, sample.py and speculate.py decoding. Modules carry the names
 of the checkpoint (`model.layers.0.self_attn.q_proj`), so that loading is a strict `load_state_dict` and a saved model
 opens in transformers unchanged.
 
@@ -23,7 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from pretrained import InputError, read_json, read_weights, write_json
+from common.cli import InputError
+from common.files import read_json, read_weights, write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -117,12 +118,12 @@ class KVCache:
     the caller's mask shows a query no slot behind those that its own pass has written. Rows may have different lengths.
     """
 
-    def __init__(self, config, batch_size, capacity, device, dtype):
-        shape = (batch_size, capacity, config.num_key_value_heads, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.length = torch.zeros(batch_size, dtype=torch.long, device=device)      # (B,) committed tokens
+    def __init__(self, model, batch_size, capacity):
+        c, like = model.config, model.model.embed_tokens.weight
+        shape = (batch_size, capacity, c.num_key_value_heads, c.head_dim)
+        self.keys = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
+        self.values = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
+        self.length = torch.zeros(batch_size, dtype=torch.long, device=like.device)     # committed tokens
 
     def next_slots(self, count):
         """The slots that the next `count` tokens of each row will be written to: (B, count)."""
@@ -140,7 +141,10 @@ class KVCache:
         self.length = self.length + count
 
     def keep_rows(self, rows):
-        """Drop all batch rows but `rows` (a LongTensor)."""
+        """Drop all batch rows but `rows`, a list."""
+        if len(rows) == len(self.length):
+            return
+        rows = torch.tensor(rows, dtype=torch.long, device=self.length.device)
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
         self.length = self.length[rows]
@@ -355,8 +359,8 @@ def add_mask_token(model, mask_id, seed=0):
 
     mask_id   the first id that the tokenizer does not use: a free row of the matrix if there is one (Qwen pads its
               matrices), else the matrix grows by one row
-    The row is drawn from a normal with the mean and standard deviation, per dimension, of the rows in use (paper,
-    appendix on initialisation). Raises InputError where `mask_id` is beyond the first new row.
+    The row is drawn from a normal with the mean and standard deviation, per dimension, of the rows in use (the
+    paper's rule). Raises InputError where `mask_id` is beyond the first new row.
     """
     vocab_size = model.config.vocab_size
     if not 0 < mask_id <= vocab_size:
@@ -372,12 +376,13 @@ def add_mask_token(model, mask_id, seed=0):
     model.config.vocab_size = max(vocab_size, mask_id + 1)
 
 
-def save_pretrained(model, folder, nanomtp=None, weights=None):
+def save_pretrained(model, folder, weights=None):
     """Write config.json and model.safetensors into `folder`, as transformers expects them.
 
-    nanomtp   a dict that is kept in config.json under that name: mask_token_id, k_max, prompt_format, bidirectional,
-              data, steps. Absent in an ordinary model. The tokenizer's files are written by `Tokenizer.save`
-    weights   {name: tensor}, where they are not to be taken from the model itself, which may be spread over several GPUs
+    weights   {name: tensor}, where they are not to be taken from the model itself, which may be
+              spread over several GPUs
+    config.json is the one that was read, `model.config.raw`, with what has changed since; train.py
+    keeps its own notes there, under "nanomtp". The tokenizer's files are `Tokenizer.save`'s.
     """
     if any(isinstance(module, Fused) for module in model.modules()):
         raise InputError("a fused model has lost the checkpoint's names: save it before fuse()")
@@ -387,7 +392,5 @@ def save_pretrained(model, folder, nanomtp=None, weights=None):
     dtype = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     raw |= {"vocab_size": model.config.vocab_size, "tie_word_embeddings": model.config.tie_word_embeddings}
     raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype               # transformers 5 and 4 name it differently
-    if nanomtp:
-        raw["nanomtp"] = nanomtp
     write_json(folder / "config.json", raw)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

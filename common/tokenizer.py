@@ -20,7 +20,8 @@ from pathlib import Path
 
 import tiktoken
 
-from pretrained import InputError, read_json, write_json
+from common.cli import InputError
+from common.files import read_json, write_json
 
 MASK_TOKEN = "<|mtp|>"
 
@@ -93,7 +94,8 @@ class Tokenizer:
     end_id      id that ends every training response; always one of `stop_ids`
     stop_ids    ids that end generation (generation_config.json, else config.json)
     mask_id     id of the mask token, or None in a model that has not been trained for several tokens
-    free_id     first id that no token uses: where a mask token goes
+    free_id     first id that no token used when the folder was read: where a mask token goes
+    default_format   the prompt format where nothing else is known: "chat" where there is a template
     """
 
     def __init__(self, folder):
@@ -162,6 +164,7 @@ class Tokenizer:
             settings.get("chat_template") or "", ensure_ascii=False)
         self.jinja = jinja.read_bytes() if jinja.exists() else None
         self.chat = next((text for phrase, text in CHAT_TEMPLATES if phrase in source), None)
+        self.default_format = "chat" if self.chat else "plain"
 
     def encode(self, text):
         """Ids of ordinary text (a list of int). Control tokens spelled out in it are read as plain characters."""
@@ -203,25 +206,31 @@ class Tokenizer:
         """Text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         return self.token_bytes(ids).decode("utf-8", errors="replace")
 
-    def save(self, folder, mask_id):
-        """Write the tokenizer's files into `folder`, with the mask token added unless `mask_id` is None, for us and for
-        transformers.
+    def add_mask_token(self):
+        """Give the mask token the first free id, unless it has one already.
 
-        generation_config.json gets the mask token under `suppress_tokens`: transformers' decoding never emits it.
+        Later `save` writes it for us and for transformers, whose decoding never emits it:
+        generation_config.json lists it under `suppress_tokens`.
         """
-        files = json.loads(json.dumps(self.files))
-        if mask_id is not None and self.mask_id is None:
-            files["tokenizer.json"]["added_tokens"].append(dict(
-                id=mask_id, content=MASK_TOKEN, single_word=False, lstrip=False, rstrip=False, normalized=False,
-                special=True))
-            if "added_tokens_decoder" in files["tokenizer_config.json"]:        # transformers 4 keeps a second list
-                files["tokenizer_config.json"]["added_tokens_decoder"][str(mask_id)] = dict(
-                    content=MASK_TOKEN, lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
-        if mask_id is not None:
-            suppressed = set(files["generation_config.json"].get("suppress_tokens") or []) | {mask_id}
-            files["generation_config.json"]["suppress_tokens"] = sorted(suppressed)
-        files["generation_config.json"].setdefault("eos_token_id", sorted(self.stop_ids))
-        for name, content in files.items():
+        if self.mask_id is not None:
+            return
+        self.mask_id = self.free_id
+        entry = dict(content=MASK_TOKEN, lstrip=False, normalized=False, rstrip=False,
+                     single_word=False, special=True)
+        described = self.files["tokenizer.json"]
+        described.setdefault("added_tokens", []).append({"id": self.mask_id, **entry})
+        settings = self.files["tokenizer_config.json"]
+        if "added_tokens_decoder" in settings:              # transformers 4 keeps a second list
+            settings["added_tokens_decoder"][str(self.mask_id)] = entry
+
+    def save(self, folder):
+        """Write the tokenizer's files into `folder`."""
+        generation = self.files["generation_config.json"]
+        if self.mask_id is not None:
+            suppressed = set(generation.get("suppress_tokens") or []) | {self.mask_id}
+            generation["suppress_tokens"] = sorted(suppressed)
+        generation.setdefault("eos_token_id", sorted(self.stop_ids))
+        for name, content in self.files.items():
             write_json(Path(folder) / name, content)
         if self.jinja is not None:
             (Path(folder) / "chat_template.jinja").write_bytes(self.jinja)

@@ -1,7 +1,7 @@
 """
 Where a program computes, in what dtype, and what its log says about that.
 
-    from extras.machine import machine, pick_device, pick_dtype
+    from common.machine import machine, pick_device, pick_dtype
     device = pick_device("auto")                                # CUDA, else Apple silicon, else the CPU
     dtype = pick_dtype("auto", device)                          # bf16 where that is faster
     machine(device)                                             # what the logs in results/ say of their machine
@@ -10,13 +10,15 @@ import ctypes
 import platform
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from pretrained import InputError
+from common.cli import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -74,9 +76,24 @@ def machine(device):
             return ""
 
     script = Path(sys.argv[0])                                              # named as it is called, without its folder
-    script = f"-m extras.{script.stem}" if script.parent.name == "extras" else script.name
+    script = f"-m studies.{script.stem}" if script.parent.name == "studies" else script.name
     cpu = next((line.split(":", 1)[1].strip() for line in said("lscpu").splitlines() if "Model name" in line), "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
     return {"device": f"{device.type}: {name}", "torch": torch.__version__, "python": platform.python_version(),
             "commit": said("git", "describe", "--always", "--dirty"),
             "command": " ".join(["python", script, *map(shlex.quote, sys.argv[1:])])}
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM: the first is noted in `asked`, the second stops the program at once."""
+
+    def __init__(self, message):
+        self.asked, self.message = False, message
+        signal.signal(signal.SIGINT, self.note)
+        signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, signum, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write(self.message)

@@ -1,8 +1,8 @@
 """
 What a decoded answer looks like, and what it counts: coloured chunks, speeds, acceptance, a summary.
 
-    from extras.report import summary
-    print(summary([results]))                                   # Generations, as sample.py's `generate` returns them
+    from common.report import summary
+    print(summary([results]))                                   # Answers, as sample.py's `generate` returns them
 
 Nothing here decodes.
 """
@@ -93,3 +93,12 @@ def summary(batches):
 def shared_prefix(a, b):
     """Number of leading tokens that two lists have in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def shared_text(texts, reference):
+    """Share of the reference's tokens that come before the first difference, over all texts.
+
+    texts, reference   lists of token lists, pairwise
+    """
+    shared = sum(shared_prefix(a, b) for a, b in zip(texts, reference))
+    return shared / sum(map(len, reference))

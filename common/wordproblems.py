@@ -1,42 +1,23 @@
 """
-Questions with worked answers, for training and for held-out prompts.
+Word problems: a small world for experiments, made on the spot by a seeded generator.
 
-    python data.py                                          # three word problems, as the model sees them
-    python data.py --data gsm8k                             # GSM8K's training rows, from the hub
-    python data.py --data path/to/train.jsonl               # your own rows
+    from common.wordproblems import WordProblems
+    WordProblems(seed=0, split="test")[0]                   # {"question": ..., "answer": ...}
 
-Every source comes out as the same thing, a sequence of {"question": str, "answer": str}:
+Phrasing is easy to predict and arithmetic is not: confident runs and hard tokens alternate, as in
+GSM8K, whose form the answers have. A structure is (question, numbers, step, ...):
 
-    wordproblems    made on the spot by a seeded generator, in GSM8K's form; endless, offline, the default
-    gsm8k           `openai/gsm8k` on the hub, its train split (7,473 rows)
-    metamath        `meta-math/MetaMathQA` on the hub (395,000 rows, rewritten from GSM8K's and MATH's train questions)
-    FILE.jsonl      question/answer (GSM8K's own files), prompt/response, or query/response (MetaMath's) per line
+    question    {A} {B} {C} people, {x} {y} things, {box} a container, {place}; [one|another] wording
+    numbers     drawn from left to right: "n 2-9" uniformly, "t = n * e" by a rule
+    step        "c = a + b: a line of the answer", in which {c} is written out as "3 + 4 = 7"
 
-Held-out prompts are training rows that are never trained on. Test sets are never touched here: that is what they are
-for. MetaMath asks the same original question many times over, so rows are split by original question, not by row.
+A draw with a number that is not whole or below 1 is thrown away. Arithmetic is bounded by what a
+model of two million parameters can learn: sums and differences mostly below 200, products from the
+table up to 12 * 12 or doubled numbers.
 """
-import functools
-import json
 import random
 import re
 import zlib
-from pathlib import Path
-
-from pretrained import ArgumentParser, InputError, run
-
-FIELDS = (("question", "answer"), ("prompt", "response"), ("query", "response"))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Word problems: a small world for experiments. Phrasing is easy to predict and arithmetic is not: confident runs and hard
-# tokens alternate, as in GSM8K. A structure is (question, numbers, step, ...):
-#
-#   question    {A} {B} {C} people, {x} {y} things, {box} a container, {place}; [one wording|another]
-#   numbers     drawn from left to right: "n 2-9" uniformly, "t = n * e" by a rule
-#   step        "c = a + b: a line of the solution", in which {c} is written out as "3 + 4 = 7"
-#
-# A draw with a number that is not whole or below 1 is thrown away. Arithmetic is bounded by what a model of two million
-# parameters can learn: sums and differences mostly below 200, products from the table up to 12 * 12 or doubled numbers.
 
 NAMES = ("Ava Ben Carla Dev Elif Finn Grace Hugo Ines Jamal Kira Liam Mona Noah Olga Paul Rosa Sam Tara Umar Vera Wen "
          "Yara Zoe").split()
@@ -279,131 +260,3 @@ class WordProblems:
     def __getitem__(self, i):
         rng = random.Random(f"{self.split}/{self.seed}/{i}")
         return word_problem(rng.choice(STRUCTURES), rng, self.split)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows from a file or from the hub
-
-def clean_row(row, where):
-    """One raw row -> {"question", "answer", "group"}. Raises InputError, naming `where`, for a malformed one.
-
-    GSM8K marks calculator calls as <<48/2=24>>: they are removed. `group` is what must not be split between training
-    and held-out rows: MetaMath's original question, else the question itself.
-    """
-    if isinstance(row, dict):
-        for question, answer in FIELDS:
-            if question in row and answer in row:
-                texts = row[question], row[answer]
-                if not all(isinstance(text, str) and text.strip() for text in texts):
-                    raise InputError(f"{where}: {question!r} and {answer!r} must be non-empty strings")
-                group = row.get("original_question") or texts[0]
-                if not isinstance(group, str):
-                    raise InputError(f"{where}: 'original_question' must be a string")
-                answer = re.sub(r"<<[^<>\n]*>>", "", texts[1]) if answer == "answer" else texts[1]
-                return {"question": texts[0], "answer": answer, "group": group}
-    raise InputError(f"{where}: expected an object with " + ", ".join("/".join(pair) for pair in FIELDS))
-
-
-def read_jsonl(path):
-    """All rows of a JSONL file, cleaned. Raises InputError with file and line number; blank lines are skipped."""
-    rows = []
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except ValueError as error:
-                        raise InputError(f"{path}:{number}: not JSON ({error})") from None
-                    rows.append(clean_row(row, f"{path}:{number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    if not rows:
-        raise InputError(f"{path} holds no rows")
-    return rows
-
-
-def read_hub(repository, *config, split="train"):
-    """All rows of one split of a hub data set, cleaned. Raises InputError where the hub cannot be reached."""
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(repository, *config, split=split)
-    except Exception as error:          # offline shows up as any of half a dozen classes
-        raise InputError(f"cannot fetch {repository} from the hub ({type(error).__name__}); offline, use "
-                         "--data wordproblems or give --data a JSONL file") from None
-    return [clean_row(row, f"{repository} row {i}") for i, row in enumerate(rows)]
-
-
-def split_rows(rows, held_out, seed):
-    """(train rows, `held_out` held-out rows), no group on both sides; the choice depends on the seed alone."""
-    groups = sorted({row["group"] for row in rows})
-    random.Random(f"held-out/{seed}").shuffle(groups)
-    first_of = {}
-    for row in rows:
-        first_of.setdefault(row["group"], row)
-    chosen = groups[:held_out]
-    if len(chosen) == len(groups):
-        raise InputError(f"{len(groups)} different questions cannot spare {held_out} held-out prompts: add rows")
-    kept_back = set(chosen)
-    return [row for row in rows if row["group"] not in kept_back], [first_of[group] for group in chosen]
-
-
-def load_data(name, held_out, seed):
-    """(train, held-out) for `--data NAME`: two sequences of {"question", "answer"}, the second of length `held_out`.
-
-    Raises InputError for an unknown name, a malformed row, or a hub that cannot be reached.
-    """
-    if name == "wordproblems":
-        validation = WordProblems(seed, split="validation")
-        return WordProblems(seed), [validation[i] for i in range(held_out)]
-    if name == "gsm8k":
-        rows = read_hub("openai/gsm8k", "main")
-    elif name == "metamath":
-        rows = read_hub("meta-math/MetaMathQA")
-    elif Path(name).suffix in (".jsonl", ".json"):
-        rows = read_jsonl(name)
-    else:
-        raise InputError(f"no data {name!r}; --data takes wordproblems, gsm8k, metamath or a path to a .jsonl file")
-    return split_rows(rows, held_out, seed)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What a training step reads. It follows from (seed, step) alone, so a resumed run sees what it would have seen.
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(rows, seed, epoch):
-    """A shuffled list of 0..rows-1, another one for each epoch."""
-    order = list(range(rows))
-    random.Random(f"order/{seed}/{epoch}").shuffle(order)
-    return order
-
-
-def draw_rows(train, batch_size, step, seed):
-    """The rows of step `step` (from 0): each row once per epoch, in a new order every epoch."""
-    chosen = range(step * batch_size, (step + 1) * batch_size)
-    return [train[epoch_order(len(train), seed, i // len(train))[i % len(train)]] for i in chosen]
-
-
-def encode_rows(rows, tokenizer, style, seq_len):
-    """[(prompt length, ids of prompt + answer + end)], cut at seq_len; a prompt that is too long is left out."""
-    prompts = [tokenizer.prompt(row["question"], style) for row in rows]
-    return [(len(prompt), (prompt + tokenizer.response(row["answer"]))[:seq_len])
-            for row, prompt in zip(rows, prompts) if len(prompt) < seq_len]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-def main():
-    parser = ArgumentParser(prog="data.py", description=__doc__)
-    parser.add_argument("--data", default="wordproblems", help="wordproblems, gsm8k, metamath or a JSONL file")
-    parser.add_argument("--limit", type=int, default=3, help="rows to print (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    args = parser.parse_args()
-    train, _ = load_data(args.data, held_out=1, seed=args.seed)
-    for i in range(min(args.limit, len(train))):
-        print(f"--- {i}\n{train[i]['question']}\n\n{train[i]['answer']}\n")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,0 +1,120 @@
+"""
+Files: JSON, safetensors, and writing so that a file under its final name is always whole.
+
+    from common.files import new_folder, read_json, read_weights, write_json
+"""
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from common.cli import InputError, writing
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+
+def read_json(path):
+    """The JSON object in a file, a dict. Raises InputError where there is no such thing."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object but a {type(value).__name__}")
+    return value
+
+
+def weight_files(folder):
+    """The safetensors files of a folder, in order: one file, or the shards that the index names."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if not index.exists():
+        raise InputError(f"{folder} holds no model.safetensors (pickled weights are not read: "
+                         "convert them first)")
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    shards = [folder / name for name in names]
+    missing = [shard.name for shard in shards if not shard.exists()]
+    if missing or not shards:
+        raise InputError(f"{index} names {missing or 'no shards'}, absent from {folder}: "
+                         "download the folder again")
+    return shards
+
+
+def read_weights(folder):
+    """Every tensor of a folder, {name: tensor}, in the dtype on disk. InputError if one is damaged."""
+    weights = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    if not name.endswith("rotary_emb.inv_freq"):    # old checkpoints carry it along
+                        weights[name] = tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is not a readable safetensors file ({error}): "
+                             "download it again") from None
+    return weights
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+def write_text(path, text):
+    """Write a file whole or not at all: under another name first, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def new_folder(folder):
+    """Yields a temporary sibling of `folder`, renamed to `folder` only if the block ends well.
+
+    A folder under its final name is therefore always whole: a crash, Ctrl-C or a full disk leaves
+    at most a hidden `.NAME.*` folder, which nothing reads. InputError where the disk refuses.
+    """
+    folder = Path(folder)
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary.chmod(0o755)              # mkdtemp makes it private; a checkpoint is not
+        yield temporary
+        for file in temporary.iterdir():    # the name must not reach the disk before the bytes do
+            file.chmod(0o644)               # safetensors writes private files
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():
+                raise
+            # a checkpoint of that name is there already (a step saved again, a lost race): ours
+            # takes its place
+            old = temporary.with_name(temporary.name + ".old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {folder}: {reason}") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,150 @@
+"""
+Draft and verify: fewer passes, and exactly the text that the same checkpoint writes with k = 1.
+
+    python sample.py --lossless --compare                       # the same text, in fewer passes
+    python sample.py --lossless --narrow --compare              # narrower passes, for a CPU
+    python eval_gsm8k.py --data wordproblems --lossless --narrow
+
+sample.py emits what the mask tokens predict. Here it is only a *draft*: the next pass reads it as
+text and so computes, for free, what the model itself would have written at each place. Drafts stand
+up to the first one that differs; behind the last that stands the model's own next token is certain.
+(method.md calls it the paper's future work; verifying drafts in one pass is speculative decoding,
+Leviathan et al. 2023, arXiv 2211.17192.)
+
+    one step, k = 3; t is certain, d1 and d2 are drafts that the pass before has left
+
+    fed          t      d1     d2  |  M  M  |  M  M  |  M  M        wide: a region of k - 1 mask
+    predicts    e1      e2     e3  | behind t behind d1 behind d2   tokens behind each of them
+
+    d1 = e1, d2 != e2:  d1 stands, e2 is the next certain token; emitted are d1 and e2. The region
+    behind d1 holds the next drafts: its mask tokens have seen t and d1, but nothing of d2.
+
+*Wide* has fresh drafts whatever stands, at k * k tokens a pass. *Narrow* puts mask tokens behind
+the last draft alone, 2k - 1 tokens a pass: where that one falls, the next pass has none to verify.
+
+The committed length advances over t and the standing drafts only. A drafted stop token ends nothing
+until it is verified. The text is that of k = 1 up to near-ties between kernels of different widths.
+
+Shapes: B rows still decoding, W room for certain tokens and drafts, D room for drafts, R regions,
+T = W + R(k-1) fed tokens, S places in the cache, V vocabulary.
+"""
+import torch
+
+from common.answers import Answers
+from model import KVCache
+from mtp import PADDING, TEXT, attention_mask
+from sample import accept, generate, most_likely, never_emitted, sees_both_ways
+
+
+def decode(model, tokenizer, prompts, strategy, **ending):
+    """`generate` or `speculate`, as a sample.Strategy wants it. Returns one Answer per prompt."""
+    if strategy.lossless:
+        ending["narrow"] = strategy.lossless == "narrow"
+    loop = speculate if strategy.lossless else generate
+    return loop(model, tokenizer, prompts, strategy.k, strategy.threshold, **ending)
+
+
+def lay_out(committed, n_text, anchors, W, k, bidirectional):
+    """Where the fed tokens stand, and who sees whom: a region behind each anchor, as in training.
+
+    committed   (B,) long: tokens in each row's cache
+    n_text      (B,) long: real tokens (certain and drafts) that each row feeds, at most W
+    anchors     (B, R) long: the fed tokens that a region stands behind
+    returns     positions (B, T) long, and the mask (B, T, S) bool, S = most committed + T
+    """
+    B, R = anchors.shape
+    place = torch.arange(W, device=anchors.device).expand(B, W)
+    behind = torch.arange(1, k, device=anchors.device)
+    position = torch.cat((place, (anchors[:, :, None] + behind).flatten(1)), dim=1)     # (B, T)
+    bound = torch.cat((place, anchors.repeat_interleave(k - 1, dim=1)), dim=1)
+    text = torch.where(place < n_text[:, None], TEXT, PADDING)                          # (B, W)
+    region = torch.arange(R, device=anchors.device).repeat_interleave(k - 1).expand(B, -1)
+    region = torch.cat((text, region), dim=1)                                           # (B, T)
+    fed = attention_mask(position, region, bound, bidirectional)                        # (B, T, T)
+
+    # Of the cache a pass sees what is committed and, behind that, the fed tokens that `fed` allows
+    T, S = position.shape[1], int(committed.max()) + position.shape[1]
+    into_pass = torch.arange(S, device=anchors.device) - committed[:, None]             # (B, S)
+    key = into_pass.clamp(0, T - 1)[:, None].expand(B, T, S)
+    mask = fed.gather(2, key) & (into_pass < T)[:, None]
+    return committed[:, None] + position, mask | (into_pass < 0)[:, None]
+
+
+def verify(drafts, n_drafts, predicted):
+    """How many drafts stand: those before the first that the model would not have written.
+
+    drafts      (B, D) long, and n_drafts (B,) long: how many of them are real
+    predicted   (B, D + 1) long: the model's own token in each draft's place, and the one after
+    returns     (B,) long
+    """
+    real = torch.arange(drafts.shape[1], device=drafts.device) < n_drafts[:, None]
+    return ((drafts == predicted[:, :-1]) & real).long().cumprod(dim=1).sum(dim=1)
+
+
+@torch.inference_mode()
+def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, max_new_tokens=256,
+              stop_strings=(), on_chunk=None):
+    """Decode losslessly, up to k tokens per pass. Arguments and errors are `sample.generate`'s, but
+
+    threshold   limits what is drafted, by `sample.accept`; what is emitted it does not change
+    narrow      mask tokens behind the last draft only, see the top of this file
+    returns     one Answer per prompt, with `drafts`, (fed, stood) of each verifying pass
+    """
+    never = never_emitted(model, tokenizer, k)
+    filler = never[0] if never else 0
+    answers = Answers(model, tokenizer, prompts, max_new_tokens, stop_strings, on_chunk)
+    cache = KVCache(model, len(prompts), answers.longest + k * k + k)
+    certain = [list(prompt) for prompt in prompts]      # not in the cache yet; after that one token
+    drafts = [[] for _ in prompts]
+    bidirectional, device = sees_both_ways(model), model.device
+
+    while answers.active:
+        # --- 1. Feed the certain tokens, the drafts, and regions of mask tokens
+        text = [sure + guessed for sure, guessed in zip(certain, drafts)]
+        n_text = torch.tensor([len(tokens) for tokens in text], device=device)          # (B,)
+        n_drafts = torch.tensor([len(guessed) for guessed in drafts], device=device)    # (B,)
+        W, D = max(map(len, text)), max(map(len, drafts))
+        last_certain = (n_text - n_drafts - 1)[:, None]                                 # (B, 1)
+        read = last_certain + torch.arange(D + 1, device=device)                        # (B, D + 1)
+        anchors = n_text[:, None] - 1 if narrow else read                               # (B, R)
+        n_masks = anchors.shape[1] * (k - 1)
+        ids = [tokens + [filler] * (W - len(tokens) + n_masks) for tokens in text]
+        ids = torch.tensor(ids, device=device)                                          # (B, T)
+        positions, mask = lay_out(cache.length, n_text, anchors, W, k, bidirectional)
+
+        # --- 2. Predictions at the last certain token and the drafts, and at all mask tokens
+        row = torch.arange(len(ids), device=device)[:, None]
+        masks = W + torch.arange(n_masks, device=device).expand(len(ids), -1)
+        at = torch.cat((read.clamp(max=W - 1), masks), dim=1)
+        logits = model(ids, positions, mask, cache, at=(row, at)).float()
+        logits[..., never] = -torch.inf
+        tokens, confidence = most_likely(logits)                                # (B, D+1 + R(k-1))
+
+        # --- 3. Verify: drafts up to the first wrong one stand, and the token after them is certain
+        guessed = ids.gather(1, at[:, 1:D + 1])                                         # (B, D)
+        stood = verify(guessed, n_drafts, tokens[:, :D + 1])                            # (B,)
+
+        # --- 4. Commit what stands. Wrong drafts and mask tokens are overwritten
+        cache.advance(n_text - n_drafts + stood)
+
+        # --- 5. New drafts: the region behind the last token that stands, if there is one
+        region = torch.zeros_like(stood) if narrow else stood
+        behind = D + 1 + region[:, None] * (k - 1) + torch.arange(k - 1, device=device)
+        chosen = torch.cat((stood[:, None], behind), dim=1)                             # (B, k)
+        sure = confidence.gather(1, chosen)
+        kept = accept(sure, threshold) - 1                                              # (B,)
+        if narrow:                              # the mask tokens have seen a draft that fell
+            kept = torch.where(stood == n_drafts, kept, 0)
+        new = tokens.gather(1, chosen)[:, 1:]                                           # (B, k - 1)
+
+        # --- 6. Emit the standing drafts and the certain token; rows that end here are dropped
+        stood, counts = stood.tolist(), n_drafts.tolist()
+        chunks = [own[:n + 1] for own, n in zip(tokens.tolist(), stood)]
+        for i, fed, n in zip(answers.active, counts, stood):
+            if answers.results[i].passes:                       # the first pass has none to verify
+                answers.results[i].drafts.append((fed, n))
+        going = answers.add(chunks, confidence.tolist())
+        cache.keep_rows(going)
+        new = [own[:n] for own, n in zip(new.tolist(), kept.tolist())]
+        certain, drafts = [chunks[i][-1:] for i in going], [new[i] for i in going]
+    return answers.results
