@@ -5,13 +5,15 @@ The transformer: Llama (3.x, SmolLM2), Qwen2/2.5 and Qwen3, by hand, in one file
     model = Transformer.from_pretrained("path/to/a/hugging/face/folder")
     logits = model(ids, positions, mask)                        # (B, T, V)
 
-The model knows nothing about multi-token prediction. It takes *any* positions and *any* boolean attention mask; all of
-the method lives in who calls it: mtp.py lays out training, sample.py and speculate.py decoding. Modules carry the names
-of the checkpoint (`model.layers.0.self_attn.q_proj`), so that loading is a strict `load_state_dict` and a saved model
-opens in transformers unchanged.
+The model knows nothing about multi-token prediction. It takes *any* positions and *any* boolean
+attention mask; all of the method lives in who calls it: mtp.py lays out training, sample.py and
+speculate.py decoding.
 
-Shapes: B batch, T fed tokens, S keys (T without a cache), C hidden size, H query heads, G key/value heads, D head size,
-V vocabulary.
+Modules carry the names of the checkpoint (`model.layers.0.self_attn.q_proj`), so that loading is a
+strict `load_state_dict` and a saved model opens in transformers unchanged.
+
+Shapes: B batch, T fed tokens, S keys (T without a cache), C hidden size, H query heads, G key/value
+heads, D head size, I inner size of the MLP, V vocabulary.
 """
 import copy
 import math
@@ -26,114 +28,150 @@ from safetensors.torch import save_file
 from common.cli import InputError
 from common.files import read_json, read_weights, write_json
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 
 @dataclass
 class Config:
-    """The part of config.json that decides what is computed. `raw` keeps the whole file, to be written back."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
+    """The part of config.json that decides what is computed."""
+    vocab_size: int                 # V
+    hidden_size: int                # C
+    intermediate_size: int          # I
     num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    num_attention_heads: int        # H
+    num_key_value_heads: int        # G: H of them, or fewer, each shared by H / G query heads
+    head_dim: int                   # D
     rms_norm_eps: float
     max_position_embeddings: int    # context length, tokens
-    rope: dict                      # rope_type, rope_theta and, for llama3, its four scaling parameters
-    tie_word_embeddings: bool
+    rope: dict                      # rope_type, rope_theta and, for llama3, LLAMA3_ROPE
+    tie_word_embeddings: bool       # the output matrix is the embedding
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool
-    raw: dict
+    qk_norm: bool                   # Qwen3 normalises each head of q and k
+    raw: dict                       # the whole file, to be written back
 
     @classmethod
     def from_dict(cls, raw):
-        """Read a parsed config.json as transformers 4 or 5 write it. Raises InputError for what we cannot compute."""
+        """A parsed config.json of transformers 4 or 5. InputError for what we cannot compute."""
         family = raw.get("model_type")
-        if family not in ("llama", "qwen2", "qwen3"):
-            raise InputError(f"unsupported architecture {family!r} (supported: llama, qwen2, qwen3)")
+        if family not in FAMILIES:
+            raise InputError(f"unsupported architecture {family!r} (supported: "
+                             f"{', '.join(FAMILIES)})")
         if raw.get("hidden_act", "silu") != "silu" or raw.get("use_sliding_window", False):
-            raise InputError("config.json asks for sliding windows or an activation other than silu: unsupported")
-        # transformers 5 keeps all of it in `rope_parameters`; 4 has a top-level theta and an optional `rope_scaling`
+            raise InputError("config.json asks for sliding windows or an activation other than "
+                             "silu: unsupported")
+
+        # transformers 5 keeps all of it in `rope_parameters`; 4 has a top-level theta and an
+        # optional `rope_scaling`
         rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
         rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
         if rope["rope_type"] not in ("default", "llama3"):
-            raise InputError(f"unsupported rope type {rope['rope_type']!r} (supported: default, llama3)")
+            raise InputError(f"unsupported rope type {rope['rope_type']!r} (supported: default, "
+                             "llama3)")
+        if rope["rope_type"] == "llama3":
+            for name in LLAMA3_ROPE:
+                if name not in rope:
+                    raise InputError(f"config.json lacks {name!r}")
+
         try:
-            if rope["rope_type"] == "llama3":
-                rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
             heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
             bias = bool(raw.get("attention_bias", False))
             return cls(
-                vocab_size=raw["vocab_size"], hidden_size=hidden, intermediate_size=raw["intermediate_size"],
-                num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
+                vocab_size=raw["vocab_size"],
+                hidden_size=hidden,
+                intermediate_size=raw["intermediate_size"],
+                num_hidden_layers=raw["num_hidden_layers"],
+                num_attention_heads=heads,
                 num_key_value_heads=raw.get("num_key_value_heads") or heads,
                 head_dim=raw.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
                 rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
                 max_position_embeddings=raw.get("max_position_embeddings", 2048),
-                rope=rope, tie_word_embeddings=raw.get("tie_word_embeddings", False),
-                qkv_bias=bias or family == "qwen2", o_bias=bias and family != "qwen2",
-                mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)), qk_norm=family == "qwen3", raw=raw)
+                rope=rope,
+                tie_word_embeddings=raw.get("tie_word_embeddings", False),
+                qkv_bias=bias or family == "qwen2",         # Qwen2 has it and does not say so
+                o_bias=bias and family != "qwen2",
+                mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
+                qk_norm=family == "qwen3",
+                raw=raw)
         except KeyError as error:
             raise InputError(f"config.json lacks {error}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rotary position embedding, the half-split form: dimension d turns together with dimension d + D/2
 
 def rope_frequencies(config):
-    """Angle per position of each pair of dimensions: (D/2,) fp32.
+    """Angle per position of each pair of dimensions: (D/2,) fp32, radians.
 
-    "llama3" scaling (Llama 3.1 and later) divides the slow frequencies by `factor`, keeps the fast ones, and blends
-    in between, so that a model trained on 8k tokens reads far longer texts.
+    "llama3" scaling (Llama 3.1 and later) divides the slow frequencies by `factor`, keeps the fast
+    ones, and blends in between, so that a model trained on 8k tokens reads far longer texts.
     """
     rope, D = config.rope, config.head_dim
-    frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, D, 2, device="cpu").float() / D)
+    exponents = torch.arange(0, D, 2, device="cpu").float() / D             # (D/2,) 0 to below 1
+    frequency = 1.0 / rope["rope_theta"] ** exponents
     if rope["rope_type"] == "llama3":
         factor, length = rope["factor"], rope["original_max_position_embeddings"]
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = length * frequency / (2 * math.pi)              # full turns within the original context
-        blend = ((turns - low) / (high - low)).clamp(0, 1)      # 0: slow, divide; 1: fast, keep
+        turns = length * frequency / (2 * math.pi)          # full turns within the original context
+        blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, divide; 1: fast, keep
         frequency = (1 - blend) * frequency / factor + blend * frequency
     return frequency
 
 
 def apply_rope(x, cos, sin):
-    """Rotate `x` (B, heads, T, D) by the angles in `cos` and `sin` (B, 1, T, D); `sin` is negative in its first half."""
+    """Rotate x, (B, heads, T, D), by the angles in cos and sin, (B, 1, T, D) each.
+
+    A pair (a, b), D/2 apart, becomes (a cos - b sin, b cos + a sin). Rolling by D/2 swaps a and b;
+    the minus is in `sin`, whose first half is negative.
+    """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Key/value cache
 
 class KVCache:
-    """Preallocated keys and values of every layer, indexed by slot, with one committed length per row.
+    """Preallocated keys and values of every layer, indexed by place.
 
-    A pass writes its T tokens at slots length[b] .. length[b] + T - 1 of row b. `advance` decides how many of them were
-    kept. To forget the others nothing has to be erased: the next pass writes over them, from the committed length on, and
-    the caller's mask shows a query no slot behind those that its own pass has written. Rows may have different lengths.
+        place of row b    0 .. length[b] - 1    length[b] .. length[b] + T - 1    behind these
+        holds             what is committed     the T tokens of this pass         leftovers, zeros
+
+    keys, values    lists, by layer, of (B, capacity, G, D)
+    length          (B,) long: committed tokens; rows may differ
+
+    `advance` decides how many of a pass's tokens were kept. To forget the others nothing has to be
+    erased: the next pass writes over them, from the committed length on, and the caller's mask
+    shows a query no place behind those that its own pass has written.
     """
 
     def __init__(self, model, batch_size, capacity):
+        """Room for `capacity` tokens a row, on the model's device and in its dtype."""
         c, like = model.config, model.model.embed_tokens.weight
-        shape = (batch_size, capacity, c.num_key_value_heads, c.head_dim)
+        shape = (batch_size, capacity, c.num_key_value_heads, c.head_dim)   # (B, capacity, G, D)
         self.keys = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
         self.values = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
-        self.length = torch.zeros(batch_size, dtype=torch.long, device=like.device)     # committed tokens
+        self.length = torch.zeros(batch_size, dtype=torch.long, device=like.device)
 
-    def next_slots(self, count):
-        """The slots that the next `count` tokens of each row will be written to: (B, count)."""
+    def next_places(self, count):
+        """The places that the next `count` tokens of each row will be written to: (B, count)."""
         return self.length[:, None] + torch.arange(count, device=self.length.device)
 
-    def write(self, layer, slots, keys, values, span):
-        """Store keys and values (B, T, G, D) at `slots` (B, T); return the first `span` slots: two (B, span, G, D)."""
-        rows = torch.arange(len(slots), device=slots.device)[:, None]
-        self.keys[layer][rows, slots] = keys.to(self.keys[layer].dtype)
-        self.values[layer][rows, slots] = values.to(self.values[layer].dtype)
+    def write(self, layer, places, keys, values, span):
+        """Store what a pass has computed, and return it behind what was there before.
+
+        places          (B, T) long
+        keys, values    (B, T, G, D)
+        returns         keys and values of the first `span` places, two (B, span, G, D)
+        """
+        row = torch.arange(len(places), device=places.device)[:, None]                  # (B, 1)
+        self.keys[layer][row, places] = keys.to(self.keys[layer].dtype)
+        self.values[layer][row, places] = values.to(self.values[layer].dtype)
         return self.keys[layer][:, :span], self.values[layer][:, :span]
 
     def advance(self, count):
@@ -150,7 +188,7 @@ class KVCache:
         self.length = self.length[rows]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layers
 
 class RMSNorm(nn.Module):
@@ -160,14 +198,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        # normalise in fp32, cast back, *then* scale: transformers' order, which decides the last bit in bf16
+        # normalise in fp32, cast back, *then* scale: transformers' order, which decides the last
+        # bit in bf16
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: each of the G key/value heads serves H / G query heads."""
+
     def __init__(self, config):
         super().__init__()
-        c, self.head_dim = config, config.head_dim
+        c = config
+        self.head_dim = c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
@@ -176,38 +218,65 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, cache, layer, slots):
+    def forward(self, x, cos, sin, mask, cache, layer, places):
+        """x (B, T, C) -> (B, T, C); the others are as `Transformer.forward` makes them.
+
+        cos, sin    (B, 1, T, D): the angles of the fed tokens' positions
+        mask        (T, S) or (B, 1, T, S), added to the scores: 0 where a query may look, else -inf
+        cache       a KVCache or None; this is its layer number `layer`
+        places      (B, T) long: where the fed tokens go in the cache
+        """
         B, T, _ = x.shape
-        q, k, v = self.qkv_proj(x) if hasattr(self, "qkv_proj") else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q = q.view(B, T, -1, self.head_dim)                                 # (B, T, H, D)
-        k = k.view(B, T, -1, self.head_dim)                                 # (B, T, G, D)
-        v = v.view(B, T, -1, self.head_dim)                                 # (B, T, G, D)
-        if hasattr(self, "q_norm"):                                         # Qwen3: per head, before the rotation
+
+        # --- queries, keys and values, split into heads
+        if hasattr(self, "qkv_proj"):                               # see Transformer.fuse
+            q, k, v = self.qkv_proj(x)                              # (B, T, H*D), 2 * (B, T, G*D)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = q.view(B, T, -1, self.head_dim)                         # (B, T, H, D)
+        k = k.view(B, T, -1, self.head_dim)                         # (B, T, G, D)
+        v = v.view(B, T, -1, self.head_dim)                         # (B, T, G, D)
+
+        # --- positions: queries and keys are rotated, values are not
+        if hasattr(self, "q_norm"):                                 # Qwen3: per head, before it
             q, k = self.q_norm(q), self.k_norm(k)
-        q = apply_rope(q.transpose(1, 2), cos, sin)                         # (B, H, T, D)
-        k = apply_rope(k.transpose(1, 2), cos, sin)                         # (B, G, T, D)
+        q = apply_rope(q.transpose(1, 2), cos, sin)                 # (B, H, T, D)
+        k = apply_rope(k.transpose(1, 2), cos, sin)                 # (B, G, T, D)
+
+        # --- with a cache, the keys and values of earlier passes come in front: S of them
         if cache is None:
-            v = v.transpose(1, 2)                                           # (B, G, T, D)
-        else:                                                               # old and new keys: (B, G, S, D)
-            k, v = cache.write(layer, slots, k.transpose(1, 2), v, span=mask.shape[-1])
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if q.is_cuda:               # no fused CUDA kernel takes a mask and grouped heads at once (torch 2.13): repeat them
+            v = v.transpose(1, 2)                                   # (B, G, S, D), S = T
+        else:
+            k, v = cache.write(layer, places, k.transpose(1, 2), v, span=mask.shape[-1])
+            k, v = k.transpose(1, 2), v.transpose(1, 2)             # (B, G, S, D)
+
+        # --- softmax(q k^T / sqrt(D) + mask) v
+        if q.is_cuda:
+            # no fused CUDA kernel takes a mask and grouped heads at once (torch 2.13): repeat them
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        # Always an explicit mask: is_causal=True would be aligned to the top left, wrong behind a non-empty cache.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)     # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))             # (B, T, C)
+        # Always an explicit mask: is_causal=True would be aligned to the top left, wrong behind a
+        # non-empty cache
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        y = y.transpose(1, 2).reshape(B, T, -1)                     # (B, H, T, D) -> (B, T, H*D)
+        return self.o_proj(y)                                       # (B, T, C)
 
 
 class MLP(nn.Module):
+    """SwiGLU: a projection up, times the SiLU of another one, the gate; and down again."""
+
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        c = config
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x) if hasattr(self, "gate_up_proj") else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(F.silu(gate) * up)
+        if hasattr(self, "gate_up_proj"):                           # see Transformer.fuse
+            gate, up = self.gate_up_proj(x)                         # (B, T, I) each
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(F.silu(gate) * up)                    # (B, T, C)
 
 
 class Fused(nn.Module):
@@ -217,9 +286,12 @@ class Fused(nn.Module):
         super().__init__()
         self.sizes = [layer.out_features for layer in layers]
         self.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]))
-        self.bias = None if layers[0].bias is None else nn.Parameter(torch.cat([layer.bias for layer in layers]))
+        self.bias = None
+        if layers[0].bias is not None:
+            self.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]))
 
     def forward(self, x):
+        """(B, T, C) -> a tuple of (B, T, out), one for each layer."""
         return F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
 
 
@@ -232,12 +304,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, *where):
+        """x (B, T, C) -> (B, T, C); `where` is all that Attention takes beside it."""
         x = x + self.self_attn(self.input_layernorm(x), *where)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """All but the output matrix. A module of its own only because the checkpoint's names start with `model.`"""
+    """All but the output matrix. A module of its own only because the checkpoint's names start with
+    `model.`; `Transformer.forward` runs it."""
 
     def __init__(self, config):
         super().__init__()
@@ -246,7 +320,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 class Transformer(nn.Module):
@@ -256,13 +330,15 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # A plain attribute and not a buffer: `.to(bfloat16)` would round it, and long positions with it.
+        # A plain attribute and not a buffer: `.to(bfloat16)` would round it, and long positions
+        # with it
         self.frequencies = rope_frequencies(config)                         # (D/2,) fp32
 
     @property
     def output_matrix(self):
         """(V, C): the embedding itself where the two are tied."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     @property
     def device(self):
@@ -271,36 +347,52 @@ class Transformer(nn.Module):
     def forward(self, ids, positions, mask, cache=None, at=None, head=True):
         """Next-token logits.
 
-        ids        (B, T) long: the tokens that are fed
-        positions  (B, T) long: where each stands in the text; any integers, repeats allowed
-        mask       (T, S) or (B, T, S) bool: True where a query may attend to a key; every query needs at least one key.
-                   Keys are the fed tokens (S = T), or the first S slots of the cache, this pass's tokens included.
-        cache      a KVCache: tokens are written behind each row's committed length, which does *not* advance
-        at         index into (B, T), such as a pair of LongTensors: logits only there. Vocabularies are large; most
-                   positions' logits are never looked at.
-        head       False: the final hidden states instead, which `output_matrix` turns into logits: for who wants logits
-                   in portions
-        returns    (B, T, V), or (*at, V) with `at`; C in place of V without `head`
+        ids         (B, T) long: the tokens that are fed
+        positions   (B, T) long: where each stands in the text; any integers, repeats allowed
+        mask        (T, S) or (B, T, S) bool: True where a query may attend to a key; every query
+                    needs at least one key. Keys are the fed tokens (S = T), or the first S places
+                    of the cache, this pass's tokens included
+        cache       a KVCache: tokens are written behind each row's committed length, which does
+                    *not* advance
+        at          index into (B, T), such as a pair of LongTensors: logits only there.
+                    Vocabularies are large; most positions' logits are never looked at
+        head        False: the final hidden states instead, which `output_matrix` turns into logits:
+                    for who wants logits in portions
+        returns     (B, T, V), or (*at, V) with `at`; C in place of V without `head`
         """
-        self.frequencies = self.frequencies.to(ids.device)
-        angles = positions[..., None].float() * self.frequencies            # (B, T, D/2), fp32 even in a bf16 model
+        # --- tokens in
         x = self.model.embed_tokens(ids)                                    # (B, T, C)
-        cos = angles.cos().repeat(1, 1, 2)[:, None].to(x.dtype)             # (B, 1, T, D)
-        sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)[:, None].to(x.dtype)
-        mask = mask[:, None] if mask.dim() == 3 else mask                   # (B, 1, T, S): the same for every head
-        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)    # once, not in every layer
-        slots = None if cache is None else cache.next_slots(ids.shape[1])   # (B, T)
-        for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, mask, cache, i, slots)
+
+        # --- positions: the angle of each pair of dimensions, fp32 even in a bf16 model
+        self.frequencies = self.frequencies.to(ids.device)
+        angles = positions[..., None].float() * self.frequencies            # (B, T, D/2)
+        cos = angles.cos().repeat(1, 1, 2)                                  # (B, T, D)
+        sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)              # (B, T, D)
+        cos = cos[:, None].to(x.dtype)                      # (B, 1, T, D): the same for every head
+        sin = sin[:, None].to(x.dtype)
+
+        # --- who sees whom: 0 or -inf on top of the scores, made once and not in every layer
+        if mask.dim() == 3:
+            mask = mask[:, None]                            # (B, 1, T, S): the same for every head
+        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
+
+        # --- the layers
+        places = None if cache is None else cache.next_places(ids.shape[1])     # (B, T)
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, mask, cache, layer, places)              # (B, T, C)
+
+        # --- logits out, where they are wanted
         x = self.model.norm(x if at is None else x[at])                     # (B, T, C) or (*at, C)
-        return F.linear(x, self.output_matrix) if head else x
+        return F.linear(x, self.output_matrix) if head else x               # V in place of C
 
     def fuse(self):
-        """Prepare for decoding: q, k, v and gate, up as one matrix product each, and every matrix transposed in memory.
+        """Prepare for decoding: q, k, v and gate, up as one matrix product each, and every matrix
+        transposed in memory.
 
-        A pass over a few tokens waits for memory and for one kernel after another: fewer, larger products are faster, and
-        CPU libraries are faster still with matrices stored input-major (x @ W, not x @ W.T; measured: results/bench). The
-        numbers stay the same up to rounding. In place; returns the model. It can no longer be trained or saved: modules
+        A pass over a few tokens waits for memory and for one kernel after another: fewer, larger
+        products are faster, and CPU libraries are faster still with matrices stored input-major
+        (x @ W, not x @ W.T). The models of results/bench-* are timed so. The numbers stay the same
+        up to rounding. In place; returns the model. It can no longer be trained or saved: modules
         have lost the checkpoint's names.
         """
         for block in self.model.layers:
@@ -311,19 +403,23 @@ class Transformer(nn.Module):
         self.requires_grad_(False)
         for matrix in self.parameters():
             if matrix.dim() == 2:
-                matrix.data = matrix.data.t().contiguous().t()              # same shape, other order in memory
+                matrix.data = matrix.data.t().contiguous().t()      # same shape, other memory order
         return self
 
     @classmethod
     def from_scratch(cls, folder, seed=0, device="cpu"):
-        """Random fp32 weights for the config.json of `folder`, as in GPT-2: normal with standard deviation 0.02, smaller
-        where a block adds to the residual stream, which sums up 2 * layers of them; norms 1, biases 0."""
+        """Random fp32 weights for the config.json of `folder`, as in GPT-2.
+
+        Matrices are normal with standard deviation 0.02, smaller where a block adds to the residual
+        stream, which sums up 2 * layers of them; norms are 1, biases 0.
+        """
         generator = torch.Generator().manual_seed(seed)
         model = cls(Config.from_dict(read_json(Path(folder) / "config.json")))
+        additions = 2 * model.config.num_hidden_layers
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
                 ends_block = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if ends_block else 0.02
+                std = 0.02 / math.sqrt(additions) if ends_block else 0.02
                 nn.init.normal_(parameter, std=std, generator=generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -331,48 +427,67 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """Load a Hugging Face folder. Raises InputError where a tensor is missing, left over or of the wrong shape."""
+        """Load a Hugging Face folder.
+
+        Raises InputError where a tensor is missing, left over or of the wrong shape.
+        """
         config = Config.from_dict(read_json(Path(folder) / "config.json"))
         weights = read_weights(folder)
+
+        # --- tied, says config.json, and yet there is an output matrix: a copy, or a second one?
         if config.tie_word_embeddings and "lm_head.weight" in weights:
-            if torch.equal(weights["lm_head.weight"], weights.get("model.embed_tokens.weight", torch.empty(0))):
+            embedding = weights.get("model.embed_tokens.weight", torch.empty(0))
+            if torch.equal(weights["lm_head.weight"], embedding):
                 del weights["lm_head.weight"]
-            else:                                                           # transformers 5 does the same
-                print("note: config.json ties the embeddings but the checkpoint holds two different ones: not tied")
+            else:                                                   # transformers 5 does the same
+                print("note: config.json ties the embeddings but the checkpoint holds two "
+                      "different ones: not tied")
                 config.tie_word_embeddings = False
-        with torch.device("meta"):                                          # shapes only; no memory, no initialisation
+
+        # --- the same names and shapes on both sides?
+        with torch.device("meta"):                                  # no memory, no initialisation
             model = cls(config)
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         missing, surplus = expected.keys() - weights.keys(), weights.keys() - expected.keys()
         if missing or surplus:
-            raise InputError(f"{folder}: config.json and weights disagree: {len(missing)} tensors missing, {len(surplus)} "
-                             f"unexpected, e.g. {min(missing or surplus)}")
+            raise InputError(f"{folder}: config.json and weights disagree: {len(missing)} tensors "
+                             f"missing, {len(surplus)} unexpected, e.g. {min(missing or surplus)}")
         for name, shape in expected.items():
             if weights[name].shape != shape:
-                raise InputError(f"{name} has shape {tuple(weights[name].shape)}, config.json says {tuple(shape)}")
-        model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, strict=True, assign=True)
+                raise InputError(f"{name} has shape {tuple(weights[name].shape)}, config.json says "
+                                 f"{tuple(shape)}")
+
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        model.load_state_dict(weights, strict=True, assign=True)
         return model.to(device)
 
+
+# --------------------------------------------------------------------------------------------------
+# One token more, and back to disk
 
 def add_mask_token(model, mask_id, seed=0):
     """Give the model an input (and, if untied, output) row for one new token, in place.
 
-    mask_id   the first id that the tokenizer does not use: a free row of the matrix if there is one (Qwen pads its
-              matrices), else the matrix grows by one row
-    The row is drawn from a normal with the mean and standard deviation, per dimension, of the rows in use (the
-    paper's rule). Raises InputError where `mask_id` is beyond the first new row.
+    mask_id   the first id that the tokenizer does not use: a free row of the matrix if there is one
+              (Qwen pads its matrices), else the matrix grows by one row
+
+    The row is drawn from a normal with the mean and standard deviation, per dimension, of the rows
+    in use (the paper's rule). Raises InputError where `mask_id` is beyond the first new row.
     """
     vocab_size = model.config.vocab_size
     if not 0 < mask_id <= vocab_size:
         raise InputError(f"mask token id {mask_id} does not fit a vocabulary of {vocab_size}")
     generator = torch.Generator().manual_seed(seed)
-    tables = [model.model.embed_tokens] + ([] if model.config.tie_word_embeddings else [model.lm_head])
+    tables = [model.model.embed_tokens]
+    if not model.config.tie_word_embeddings:
+        tables.append(model.lm_head)
     for table in tables:
         old = table.weight.data                                             # (V, C)
         used = old[:mask_id].float()
         noise = torch.randn(old.shape[1], generator=generator).to(old.device)
         row = (used.mean(0) + used.std(0) * noise).to(old.dtype)            # (C,)
-        table.weight = nn.Parameter(torch.cat((old[:mask_id], row[None], old[mask_id + 1:])))
+        new = torch.cat((old[:mask_id], row[None], old[mask_id + 1:]))      # (V, C) or (V + 1, C)
+        table.weight = nn.Parameter(new)
     model.config.vocab_size = max(vocab_size, mask_id + 1)
 
 
@@ -381,16 +496,20 @@ def save_pretrained(model, folder, weights=None):
 
     weights   {name: tensor}, where they are not to be taken from the model itself, which may be
               spread over several GPUs
+
     config.json is the one that was read, `model.config.raw`, with what has changed since; train.py
     keeps its own notes there, under "nanomtp". The tokenizer's files are `Tokenizer.save`'s.
     """
     if any(isinstance(module, Fused) for module in model.modules()):
         raise InputError("a fused model has lost the checkpoint's names: save it before fuse()")
-    folder, raw = Path(folder), copy.deepcopy(model.config.raw)
     weights = model.state_dict() if weights is None else weights
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+    raw = copy.deepcopy(model.config.raw)
+    raw["vocab_size"] = model.config.vocab_size
+    raw["tie_word_embeddings"] = model.config.tie_word_embeddings
     dtype = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    raw |= {"vocab_size": model.config.vocab_size, "tie_word_embeddings": model.config.tie_word_embeddings}
-    raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype               # transformers 5 and 4 name it differently
-    write_json(folder / "config.json", raw)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype       # transformers 5 and 4
+
+    write_json(Path(folder) / "config.json", raw)
+    save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})

@@ -3,10 +3,11 @@ Multi-token prediction by self-distillation: the method, in one file (arXiv 2602
 
     from mtp import make_batch, region_loss
     batch = make_batch(rows, k, offset, stride, tokenizer, device)
-    loss, seen = region_loss(student, teacher, batch, tokenizer, batch.truth.numel())
+    loss, seen = region_loss(student, teacher, batch, tokenizer, total_slots=batch.truth.numel())
 
-The idea. Append k - 1 copies of one special token, the mask token M, to a text. The pass that
-predicts the next token at the last real token now also predicts one token more at each M:
+The idea. k is the number of tokens that one pass predicts; k = 1 is ordinary language modelling.
+Append k - 1 copies of one special token, the mask token M, to a text. The pass that predicts the
+next token at the last real token now also predicts one token more at each M:
 
     position   i       i+1     i+2     i+3
     input      xi      M       M       M            k = 4
@@ -21,7 +22,11 @@ are both good answers, "7 books" is not. So the student is judged on what it wro
                  and y1 .. y(k-1) in the mask tokens' places: what would *it* have written at each?
     3. loss      cross-entropy of the student's predictions against the teacher's choices
 
-No new parameters but the mask token's row, no second model at decoding time.
+If the student writes 7, the teacher, having read 7, says "apples": slot 2 has one target, and it
+fits. At first only y1 is as good as the teacher's; that gives slot 2 a context that makes sense,
+and when slot 2 has learned, slot 3's does. No gradient flows through the choice of y1 .. yk, and
+the loss uses the very pass that wrote them. No new parameters but the mask token's row, and no
+second model at decoding time.
 
 Words. *Prefix*: the real tokens in front of what is predicted. *Anchor*: the last of them.
 *Region*: one problem, an anchor and its k - 1 mask tokens. *Slot*: one of a region's k predictions;
@@ -29,8 +34,8 @@ slot 1 is read at the anchor, slot j at mask token j - 1. The *place* of a token
 the fed ones, its *position* where it stands in the text.
 
 Shapes: B sequences, T text tokens (padded), R regions of a sequence, L = T + R(k-1) fed tokens,
-N regions of the batch, M any number of slots, P text tokens of the prefix loss, C hidden size,
-V vocabulary.
+N regions of the batch, N * k slots, Q any number of slots, P text tokens of the prefix loss,
+C hidden size, V vocabulary.
 """
 from typing import NamedTuple
 
@@ -39,13 +44,14 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 # --------------------------------------------------------------------------------------------------
-# Layout: many problems in one sequence. A text of T tokens holds T - 1 of them, and any number can
-# share one pass over it. What a region costs: k - 1 more fed tokens, for student and teacher, and k
-# supervised slots for that. A text of 160 tokens whose answer has 120, an anchor at every third of
-# these and k = 4 make 160 + 40 * 3 = 280 fed tokens and 40 * 4 = 160 slots.
+# Layout: many problems in one sequence. Each token of a text but the last can be an anchor, and any
+# number of regions can share one pass. A region costs k - 1 more fed tokens, of student and teacher
+# each, and yields k supervised slots. A text of 160 tokens whose answer has 120, an anchor at every
+# third of these and k = 4 make 160 + 40 * 3 = 280 fed tokens and 40 * 4 = 160 slots.
 #
-# The paper puts each region right behind its anchor, between the text. Here all stand behind the
-# text, which is the same computation in another order (a test shows it) and lets regions overlap.
+# The paper puts each region right after its anchor, between the text. Here all stand at the end of
+# the sequence, which is the same computation in another order (a test shows it) and lets regions
+# overlap.
 
 TEXT, PADDING = -1, -2                  # values of `region` for tokens that belong to none
 
@@ -66,7 +72,7 @@ def make_layout(lengths, anchors, k):
 
         place       0  1  2  3  4  5  6  7 | 8 9 | 10 11        k = 3, anchors 2 and 5
         tokens     x0 x1 x2 x3 x4 x5 x6 x7 | M M |  M  M
-        position    0  1  2  3  4  5  6  7 | 3 4 |  6  7        where y1, y2 will stand
+        position    0  1  2  3  4  5  6  7 | 3 4 |  6  7        where the teacher reads y1, y2
         region      .  .  .  .  .  .  .  . | 0 0 |  1  1
         bound       0  1  2  3  4  5  6  7 | 2 2 |  5  5        last text position it may see
 
@@ -87,10 +93,10 @@ def make_layout(lengths, anchors, k):
         region[b, :length] = TEXT
         for r, anchor in enumerate(own):
             first = T + r * (k - 1)
-            masks = slice(first, first + k - 1)
-            position[b, masks] = anchor + torch.arange(1, k)
-            bound[b, masks] = anchor
-            region[b, masks] = r
+            own_masks = slice(first, first + k - 1)                     # places of its mask tokens
+            position[b, own_masks] = anchor + torch.arange(1, k)
+            bound[b, own_masks] = anchor
+            region[b, own_masks] = r
             rows.append([b] * k)
             places.append([anchor, *range(first, first + k - 1)])
     slots = (torch.tensor(rows, dtype=torch.long).view(-1, k),
@@ -101,19 +107,19 @@ def make_layout(lengths, anchors, k):
 def attention_mask(position, region, bound, bidirectional=False):
     """Who sees whom: (B, L) each -> (B, L, L) bool, [b, query, key].
 
-              key  x0 x1 x2 x3 | A1 A2 | B1 B2      k = 3
-        x0          #  .  .  . |  .  . |  .  .      mask tokens A1 A2 of anchor 2, positions 3 and 4
-        x1          #  #  .  . |  .  . |  .  .                  B1 B2 of anchor 3, positions 4 and 5
-        x2          #  #  #  . |  .  . |  .  .
-        x3          #  #  #  # |  .  . |  .  .      text: causal, and blind to every mask token, so
-        A1          #  #  #  . |  #  . |  .  .      its logits are those of the model without any
-        A2          #  #  #  . |  #  # |  .  .
-        B1          #  #  #  # |  .  . |  #  .      a mask token: text up to its region's anchor,
-        B2          #  #  #  # |  .  . |  #  #      and its region's mask tokens up to itself
+              key  x0 x1 x2 x3 | M3 M4 | M4 M5      k = 3; M4: a mask token at position 4
+        x0          #  .  .  . |  .  . |  .  .      the regions of anchor 2 and of anchor 3
+        x1          #  #  .  . |  .  . |  .  .
+        x2          #  #  #  . |  .  . |  .  .      text: causal, and blind to every mask token, so
+        x3          #  #  #  # |  .  . |  .  .      its logits are those of the model without any
+        M3          #  #  #  . |  #  . |  .  .
+        M4          #  #  #  . |  #  # |  .  .      a mask token: text up to its region's anchor,
+        M4          #  #  #  # |  .  . |  #  .      and its region's mask tokens up to itself
+        M5          #  #  #  # |  .  . |  #  #
 
-    Nobody sees padding. (Padding itself looks at text, as a query must look at something.)
+    Nobody sees padding. Padding itself sees x0: softmax over nothing would be NaN.
 
-    bidirectional   mask tokens of a region see each other both ways: A1 sees A2 (an ablation of the
+    bidirectional   mask tokens of a region see each other both ways: M3 sees M4 (an ablation of the
                     paper, for the student only). The anchor is text and stays causal, on purpose,
                     so that k = 1 is untouched; the authors' anchor sees its region as well.
     """
@@ -133,10 +139,10 @@ def attention_mask(position, region, bound, bidirectional=False):
 class Batch(NamedTuple):
     ids: torch.Tensor               # (B, L) long: text, with the mask token in all other places
     position: torch.Tensor          # (B, L) long
-    mask: torch.Tensor              # (B, L, L) bool: the student's attention
-    teacher_mask: torch.Tensor      # (B, L, L) bool: the teacher's, causal inside regions anyway
+    mask: torch.Tensor              # (B, L, L) bool: the student's attention mask
+    teacher_mask: torch.Tensor      # (B, L, L) bool: the teacher's, causal even if bidirectional
     slots: tuple                    # where predictions are read: row and place, (N, k) long each
-    truth: torch.Tensor             # (N, k) long: what the text says there; -100: it was cut before
+    truth: torch.Tensor             # (N, k) long: what the text says there, -100 where nobody knows
     prefix: tuple                   # text tokens of the prefix loss: row and place, (P,) long each
     next_token: torch.Tensor        # (P,) long: what follows them
 
@@ -147,8 +153,8 @@ def make_batch(encoded, k, offset, stride, tokenizer, device, bidirectional=Fals
     encoded          B pairs (number of tokens of the prompt, ids of prompt and answer)
     offset, stride   an anchor at every `stride`-th token of the answer, the first `offset` in
     bidirectional    the student's mask tokens of a region see each other both ways
-    prefix           the answers' tokens are to be trained on, too, as in ordinary language
-                     modelling (the authors take all text tokens but anchors, the prompt's included)
+    prefix           for the paper's prefix loss: ordinary next-token training on the answers, too
+                     (the authors take all text tokens but anchors, the prompt's included)
     """
     end_id = tokenizer.end_id
     mask_id = end_id if tokenizer.mask_id is None else tokenizer.mask_id    # k = 1: it has no place
@@ -156,36 +162,46 @@ def make_batch(encoded, k, offset, stride, tokenizer, device, bidirectional=Fals
     anchors = choose_anchors(prompts, lengths, offset, stride)
     position, region, bound, slots = make_layout(lengths, anchors, k)
 
-    # --- the texts, padded with end tokens: slots that reach past the end learn to predict it again
-    text = torch.full((len(encoded), max(lengths) + k), end_id)             # (B, T + k)
-    for b, (_, own) in enumerate(encoded):
-        text[b, :len(own)] = torch.tensor(own)
-        if own[-1] != end_id:                           # cut at --seq-len: who knows what follows?
-            text[b, len(own):] = -100
-    row, place = slots
-    truth = text[row, place[:, :1] + 1 + torch.arange(k)]                   # (N, k), the anchor's
+    # --- what is fed
+    T = max(lengths)
     ids = torch.full_like(position, mask_id)                                # (B, L)
-    ids[:, :max(lengths)] = text[:, :max(lengths)].clamp(min=0)
+    ids[:, :T] = end_id
+    for b, (_, own) in enumerate(encoded):
+        ids[b, :len(own)] = torch.tensor(own)
     ids[region == PADDING] = end_id
 
-    # --- for the prefix loss: every token of the answers, and what predicts it
-    before = [(b, i) for b in range(len(encoded)) for i in range(prompts[b] - 1, lengths[b] - 1)]
-    before = torch.tensor(before if prefix else [], dtype=torch.long).view(-1, 2).unbind(dim=1)
-    next_token = text[before[0], before[1] + 1]                             # (P,)
+    # --- what the text says at each slot: read where ground truth is the target, and only there.
+    # After a finished answer that is the end token again; after one that was cut at --seq-len
+    # nobody knows
+    known = torch.full((len(encoded), T + k), end_id)                       # (B, T + k)
+    for b, (_, own) in enumerate(encoded):
+        known[b, :len(own)] = torch.tensor(own)
+        if own[-1] != end_id:
+            known[b, len(own):] = -100
+    row, place = slots
+    truth = known[row, place[:, :1] + torch.arange(1, k + 1)]               # (N, k)
 
-    mask = attention_mask(position, region, bound).to(device)
-    student_mask = mask
+    # --- for the prefix loss: every token of the answers, and what predicts it
+    pairs = []
+    for b in range(len(encoded) if prefix else 0):
+        pairs += [(b, i) for i in range(prompts[b] - 1, lengths[b] - 1)]
+    predictors = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(dim=1)    # (P,) each
+    next_token = known[predictors[0], predictors[1] + 1]                            # (P,)
+
+    causal = attention_mask(position, region, bound).to(device)             # (B, L, L)
+    both_ways = causal
     if bidirectional:
-        student_mask = attention_mask(position, region, bound, bidirectional).to(device)
-    slots, before = (tuple(index.to(device) for index in pair) for pair in (slots, before))
-    return Batch(ids.to(device), position.to(device), student_mask, mask, slots, truth.to(device),
-                 before, next_token.to(device))
+        both_ways = attention_mask(position, region, bound, bidirectional=True).to(device)
+    return Batch(
+        ids=ids.to(device), position=position.to(device), mask=both_ways, teacher_mask=causal,
+        slots=tuple(index.to(device) for index in slots), truth=truth.to(device),
+        prefix=tuple(index.to(device) for index in predictors), next_token=next_token.to(device))
 
 
 # --------------------------------------------------------------------------------------------------
-# The output layer. Vocabularies are large: logits of a portion of the slots exist at a time.
+# The output layer. Vocabularies are large, so logits exist for a portion of the slots at a time.
 
-CHUNK = 1024                # slots a portion: 1024 * 150k ids * 4 bytes are 0.6 GB
+CHUNK = 1024                # slots whose logits exist at once: 1024 * 150k ids * 4 bytes are 0.6 GB
 
 
 def output_layer(model, mask_id):
@@ -200,7 +216,7 @@ def output_layer(model, mask_id):
 
 @torch.no_grad()
 def most_likely(hidden, layer):
-    """Each slot's most likely token and its probability: (M, C) -> (M,) long and (M,) fp32."""
+    """Each slot's most likely token and its probability: (Q, C) -> (Q,) long and (Q,) fp32."""
     tokens, probabilities = [], []
     for portion in hidden.split(CHUNK):
         logits = F.linear(portion, *layer).float()                          # (CHUNK, V)
@@ -211,9 +227,10 @@ def most_likely(hidden, layer):
 
 
 def hard_loss(hidden, layer, targets):
-    """Sum of -log p(target), nats: (M, C) and (M,) long -> scalar. A target of -100 counts nothing.
+    """Sum of -log p(target), nats: (Q, C) and (Q,) long -> scalar. A target of -100 counts nothing.
 
-    Output layer and cross-entropy in one: logits (M, V) never exist as a whole.
+    Output layer and cross-entropy in one, in fp32 also under autocast (`linear_cross_entropy` is
+    new in PyTorch): logits (Q, V) never exist as a whole.
     """
     matrix, bias = layer
     return F.linear_cross_entropy(
@@ -222,9 +239,9 @@ def hard_loss(hidden, layer, targets):
 
 
 def soft_loss(hidden, layer, teacher_hidden, teacher_layer, targets, ended):
-    """Sum of -sum_v p_T(v) log p_S(v), nats: (M, C) and the teacher's (M, C) -> scalar.
+    """Sum of -sum_v p_T(v) log p_S(v), nats: (Q, C) and the teacher's (Q, C) -> scalar.
 
-    That is KL(p_T || p_S) plus the teacher's entropy, which has no gradient. Where `ended`, (M,)
+    That is KL(p_T || p_S) plus the teacher's entropy, which has no gradient. Where `ended`, (Q,)
     bool, p_T is all on the target. Portions are computed again in the backward pass (`checkpoint`).
     """
     def of_portion(hidden, teacher_hidden, targets, ended):
@@ -241,10 +258,12 @@ def soft_loss(hidden, layer, teacher_hidden, teacher_layer, targets, ended):
 # The objective
 
 def behind_stop(rollout, stop_ids):
-    """(N, k) bool: slots behind a stop token of the rollout; the slot that wrote it is not one.
+    """(N, k) bool: slots after a stop token of the rollout; the slot that wrote it is not one.
 
         rollout      five  STOP  three  STOP  six
         behind       no    no    yes    yes   yes
+
+    stop_ids   all tokens that end an answer; the one that training writes is the tokenizer's end_id
     """
     stops = torch.tensor(sorted(stop_ids), device=rollout.device)
     is_stop = torch.isin(rollout, stops).long()
@@ -258,26 +277,27 @@ class Seen(NamedTuple):
     confidence: torch.Tensor        # (N, k) fp32: the student's probability of what it wrote
 
 
-def region_loss(student, teacher, batch, tokenizer, slots, soft=False, slot1_weight=1.0,
+def region_loss(student, teacher, batch, tokenizer, total_slots, soft=False, slot1_weight=1.0,
                 prefix_weight=0.0, prefix_tokens=1):
     """One pass of student and teacher over a Batch -> the loss, in nats, and what was Seen.
 
-    teacher         None: the targets are the batch's `truth`. Else the frozen start checkpoint
-    slots           of the whole step, all passes and ranks together: the loss is a mean over these
+    teacher         the frozen start checkpoint; None: the targets are the batch's `truth`
+    total_slots     number of slots of the whole training step, of all passes and ranks: the loss is
+                    a mean over these
     soft            the targets are the teacher's distributions, not its most likely tokens
     slot1_weight    of slot 1 in the sum; above 1 k = 1 stays nearer the start (not in the paper)
-    prefix_weight   of the mean loss over the step's `prefix_tokens` next tokens of the text (paper,
-                    ablations)
+    prefix_weight   of the mean loss over the step's `prefix_tokens` next tokens of the text (an
+                    ablation of the paper)
     """
     mask_id = tokenizer.mask_id
     row, place = batch.slots                                                # (N, k) each
     N, k = row.shape
 
-    # --- 1. Rollout: what the student writes, y1 .. yk, at all slots at once
-    at = (torch.cat((row.flatten(), batch.prefix[0])),
-          torch.cat((place.flatten(), batch.prefix[1])))
-    hidden = student(batch.ids, batch.position, batch.mask, at=at, head=False)      # (N * k + P, C)
-    hidden, prefix_hidden = hidden.split((N * k, len(batch.next_token)))
+    # --- 1. Rollout: one pass, and what the student writes at each slot, y1 .. yk
+    read_at = (torch.cat((row.flatten(), batch.prefix[0])),
+               torch.cat((place.flatten(), batch.prefix[1])))
+    hidden = student(batch.ids, batch.position, batch.mask, at=read_at, head=False)
+    hidden, prefix_hidden = hidden.split((N * k, len(batch.next_token)))    # (N * k, C), (P, C)
     layer = output_layer(getattr(student, "module", student), mask_id)      # DDP wraps the model
     rollout, confidence = (x.view(N, k) for x in most_likely(hidden.detach(), layer))
 
@@ -291,8 +311,9 @@ def region_loss(student, teacher, batch, tokenizer, slots, soft=False, slot1_wei
                                      head=False).flatten(0, 1)              # (N * k, C)
         teacher_layer = output_layer(teacher, mask_id)
         targets = most_likely(teacher_hidden, teacher_layer)[0].view(N, k)
-        # behind a stop token there is only text after the end: the teacher has nothing to say, and
-        # the target is the end again
+        # After a stop token the answer is over, and the teacher has nothing to say: the target is
+        # the end token. So it is where the student stopped too early; the slot that wrote the stop
+        # is told what the teacher would have written there, as any other
         ended = behind_stop(rollout, tokenizer.stop_ids)
         targets = targets.masked_fill(ended, tokenizer.end_id)
 
@@ -303,10 +324,10 @@ def region_loss(student, teacher, batch, tokenizer, slots, soft=False, slot1_wei
                              targets.flatten()[which], ended.flatten()[which])
         return hard_loss(hidden[which], layer, targets.flatten()[which])
 
-    loss = sum_over(slice(None)) / slots
+    loss = sum_over(slice(None)) / total_slots
     if slot1_weight != 1:
-        first = torch.arange(N * k, device=row.device) % k == 0
-        loss = loss + (slot1_weight - 1) * sum_over(first) / slots
+        is_slot1 = torch.arange(N * k, device=row.device) % k == 0
+        loss = loss + (slot1_weight - 1) * sum_over(is_slot1) / total_slots
     if len(batch.next_token):
         prefix_loss = hard_loss(prefix_hidden, layer, batch.next_token)
         loss = loss + prefix_weight * prefix_loss / prefix_tokens

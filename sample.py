@@ -7,25 +7,30 @@ Decoding: several tokens per forward pass, a fixed or a confidence-adaptive numb
     python sample.py --model out --data questions.jsonl         # many questions, in batches
 
 The model was taught (train.py) to predict the next token at the last real token, as ever, and the
-one after that at a mask token behind it, and so on. One step of `generate`, k = 3, where one token
-is *pending*, that is: chosen by the pass before, but not in the key/value cache yet:
+one after that at a mask token that follows, and so on. Two steps of `generate`, k = 3. A token is
+*pending* when the pass before has chosen it, but the key/value cache does not hold it yet:
 
-    fed         ... | pending    M      M           M: the mask token, <|mtp|>
-    position           c        c+1    c+2          behind a cache of c tokens
-    predicts           y1       y2     y3           y1 is an ordinary next-token prediction
-    confidence        .98      .97    .62           the probability of each most likely token
+    fed          x     M     M          x pending; M: the mask token, <|mtp|>
+    position     c    c+1   c+2         the cache holds c tokens
+    predicts     y1    y2    y3         y1 is an ordinary next-token prediction
+    confidence  .98   .97   .62         the probability of each most likely token
 
-    static      keep all k
-    adaptive    keep the longest run, from y1 on, with confidences above the threshold, and y1 in
-                any case: at 0.9 that is y1 and y2 (the paper's ConfAdapt, section on static vs.
-                adaptive decoding)
+    fed          y1    y2    M     M    y1 and y2 were kept: now they are pending, fed as themselves
+    position    c+1   c+2   c+3   c+4   the cache holds c + 1 tokens: x went in, its two M did not
+    predicts           z1    z2    z3
 
-Then the cache advances over the pending token only: the mask tokens' keys and values are garbage
-that the next pass overwrites, and what was kept is the next pass's pending tokens. So every pass
-emits 1 to k tokens and feeds at most 2k - 1; the first one feeds the prompt and k - 1 mask tokens.
+How many are kept:
 
-With k = 1 this is plain decoding, one token per pass, greedy or (--temperature) sampled. What
-`--lossless` does is in speculate.py; stop tokens and limits are counted in common/answers.py.
+    static      all k
+    adaptive    the longest run, from y1 on, with confidences above the threshold, and y1 in any
+                case: at 0.9 that is y1 and y2 (ConfAdapt; paper, section on static vs. adaptive
+                decoding)
+
+The cache advances over pending tokens only: what the mask tokens left in it, the next pass
+overwrites. So every pass emits 1 to k tokens and feeds at most 2k - 1; the first one feeds the
+prompt and k - 1 mask tokens. With k = 1 this is plain decoding, one token per pass, greedy or
+(--temperature) sampled. A row ends after the first stop token, which is kept, or at its limit
+(common/answers.py counts); what `--lossless` does is in speculate.py.
 
 Shapes: B rows still decoding, T fed tokens, S places in the cache, V vocabulary.
 """
@@ -57,8 +62,9 @@ def most_likely(logits):
 def draw(logits, temperature, top_k, top_p, generator):
     """One token at random instead: (B, 1, V) -> tokens (B, 1) long and their probabilities (B, 1).
 
-    From the softmax at `temperature`, of its `top_k` most likely tokens (0: all), of these the
-    fewest that hold a share of at least `top_p`.
+    It is drawn from the softmax at `temperature`: from its `top_k` most likely tokens (0: all), and
+    of these from the fewest that hold a share of at least `top_p`. The probability that is returned
+    is the plain softmax's.
     """
     p = (logits[:, 0] / temperature).softmax(dim=-1)                        # (B, V)
     ranked, order = p.sort(dim=-1, descending=True)
@@ -74,8 +80,8 @@ def draw(logits, temperature, top_k, top_p, generator):
 def accept(confidence, threshold):
     """How many of the k candidates to keep: (B, k) probabilities -> (B,) long, each in 1..k.
 
-    threshold   None: all of them (static k). Else as many as are above it without a gap, slot 1
-                included: where it is unsure, nothing behind it is kept. At least one in any case.
+    threshold   None: all of them (static k). Else the run of slots, from slot 1 on, that are above
+                it; where slot 1 itself is not, slot 1 alone
     """
     if threshold is None:
         return torch.full_like(confidence[:, 0], confidence.shape[1], dtype=torch.long)
@@ -138,7 +144,7 @@ def generate(model, tokenizer, prompts, k=1, threshold=None, max_new_tokens=256,
     never = never_emitted(model, tokenizer, k)
     filler = never[0] if never else 0               # k = 1: any id will do, since nothing sees it
     answers = Answers(model, tokenizer, prompts, max_new_tokens, stop_strings, on_chunk)
-    cache = KVCache(model, len(prompts), answers.longest + 2 * k)
+    cache = KVCache(model, len(prompts), answers.longest + 2 * k)   # longest: prompt and answer
     pending = [list(prompt) for prompt in prompts]  # kept, but not in the cache; at first all of it
     bidirectional = sees_both_ways(model)
 
@@ -148,14 +154,14 @@ def generate(model, tokenizer, prompts, k=1, threshold=None, max_new_tokens=256,
         ids = [tokens + [filler] * (T - len(tokens)) for tokens in pending]
         ids = torch.tensor(ids, device=model.device)                                    # (B, T)
         n_pending = torch.tensor([len(tokens) for tokens in pending], device=model.device)
-        positions = cache.next_slots(T)                                                 # (B, T)
+        positions = cache.next_places(T)                                                # (B, T)
         S = int(cache.length.max()) + T
         mask = mask_for_pass(positions, n_pending, k, S, bidirectional)                 # (B, T, S)
 
         # --- 2. The k predictions: at the last pending token, and at the k - 1 mask tokens
         row = torch.arange(len(ids), device=model.device)[:, None]                      # (B, 1)
-        slot = n_pending[:, None] - 1 + torch.arange(k, device=model.device)            # (B, k)
-        logits = model(ids, positions, mask, cache, at=(row, slot)).float()             # (B, k, V)
+        place = n_pending[:, None] - 1 + torch.arange(k, device=model.device)           # (B, k)
+        logits = model(ids, positions, mask, cache, at=(row, place)).float()            # (B, k, V)
         logits[..., never] = -torch.inf
         candidates, confidence = choose(logits)                                         # (B, k)
 
@@ -165,7 +171,8 @@ def generate(model, tokenizer, prompts, k=1, threshold=None, max_new_tokens=256,
         # --- 4. Commit the pending tokens. What the mask tokens left in the cache is overwritten
         cache.advance(n_pending)
 
-        # --- 5. What was kept is the next pass's pending tokens; rows that end here are dropped
+        # --- 5. Emit what was kept, cut after the first stop token or at the limit. Rows that end
+        # are dropped; for the others (`going`: their places in the batch) it is pending now
         chunks = [tokens[:n] for tokens, n in zip(candidates.tolist(), kept.tolist())]
         going = answers.add(chunks, confidence.tolist())
         cache.keep_rows(going)
@@ -177,7 +184,7 @@ def generate(model, tokenizer, prompts, k=1, threshold=None, max_new_tokens=256,
 # Loading, and what the flags mean
 
 def load(name, device, dtype):
-    """For a --model name: the model, ready to decode; its tokenizer; train.py's note in config.json."""
+    """(model, ready to decode; tokenizer; train.py's note in config.json) for a --model name."""
     folder = resolve(name)
     model = Transformer.from_pretrained(folder, dtype, device).eval().fuse()
     return model, Tokenizer(folder), model.config.raw.get("nanomtp", {})

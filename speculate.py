@@ -8,8 +8,8 @@ Draft and verify: fewer passes, and exactly the text that the same checkpoint wr
 sample.py emits what the mask tokens predict. Here it is only a *draft*: the next pass reads it as
 text and so computes, for free, what the model itself would have written at each place. Drafts stand
 up to the first one that differs; behind the last that stands the model's own next token is certain.
-(method.md calls it the paper's future work; verifying drafts in one pass is speculative decoding,
-Leviathan et al. 2023, arXiv 2211.17192.)
+(For the paper this is future work; verifying drafts in one pass is speculative decoding, Leviathan
+et al. 2023, arXiv 2211.17192.)
 
     one step, k = 3; t is certain, d1 and d2 are drafts that the pass before has left
 
@@ -45,12 +45,15 @@ def decode(model, tokenizer, prompts, strategy, **ending):
 
 
 def lay_out(committed, n_text, anchors, W, k, bidirectional):
-    """Where the fed tokens stand, and who sees whom: a region behind each anchor, as in training.
+    """Where the fed tokens stand, and who sees whom: a region for each anchor, as in training.
 
     committed   (B,) long: tokens in each row's cache
     n_text      (B,) long: real tokens (certain and drafts) that each row feeds, at most W
-    anchors     (B, R) long: the fed tokens that a region stands behind
-    returns     positions (B, T) long, and the mask (B, T, S) bool, S = most committed + T
+    anchors     (B, R) long: places of the fed tokens that regions belong to
+    returns     positions (B, T) long, and the attention mask (B, T, S) bool, S = most committed + T
+
+    The cache gets the fed tokens in the order in which they are fed, real ones first, so a mask
+    token's place in it is not its position: the region of the first anchor overlaps the drafts.
     """
     B, R = anchors.shape
     place = torch.arange(W, device=anchors.device).expand(B, W)
@@ -58,15 +61,15 @@ def lay_out(committed, n_text, anchors, W, k, bidirectional):
     position = torch.cat((place, (anchors[:, :, None] + behind).flatten(1)), dim=1)     # (B, T)
     bound = torch.cat((place, anchors.repeat_interleave(k - 1, dim=1)), dim=1)
     text = torch.where(place < n_text[:, None], TEXT, PADDING)                          # (B, W)
-    region = torch.arange(R, device=anchors.device).repeat_interleave(k - 1).expand(B, -1)
-    region = torch.cat((text, region), dim=1)                                           # (B, T)
-    fed = attention_mask(position, region, bound, bidirectional)                        # (B, T, T)
+    owner = torch.arange(R, device=anchors.device).repeat_interleave(k - 1).expand(B, -1)
+    region = torch.cat((text, owner), dim=1)                                            # (B, T)
+    among_fed = attention_mask(position, region, bound, bidirectional)                  # (B, T, T)
 
-    # Of the cache a pass sees what is committed and, behind that, the fed tokens that `fed` allows
+    # Of the cache a token sees all that is committed and, after that, what `among_fed` allows it
     T, S = position.shape[1], int(committed.max()) + position.shape[1]
     into_pass = torch.arange(S, device=anchors.device) - committed[:, None]             # (B, S)
     key = into_pass.clamp(0, T - 1)[:, None].expand(B, T, S)
-    mask = fed.gather(2, key) & (into_pass < T)[:, None]
+    mask = among_fed.gather(2, key) & (into_pass < T)[:, None]
     return committed[:, None] + position, mask | (into_pass < 0)[:, None]
 
 
@@ -100,51 +103,52 @@ def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, max_ne
 
     while answers.active:
         # --- 1. Feed the certain tokens, the drafts, and regions of mask tokens
-        text = [sure + guessed for sure, guessed in zip(certain, drafts)]
-        n_text = torch.tensor([len(tokens) for tokens in text], device=device)          # (B,)
-        n_drafts = torch.tensor([len(guessed) for guessed in drafts], device=device)    # (B,)
+        text = [known + guessed for known, guessed in zip(certain, drafts)]
+        n_text = torch.tensor([len(own) for own in text], device=device)                # (B,)
+        n_drafts = torch.tensor([len(own) for own in drafts], device=device)            # (B,)
         W, D = max(map(len, text)), max(map(len, drafts))
         last_certain = (n_text - n_drafts - 1)[:, None]                                 # (B, 1)
         read = last_certain + torch.arange(D + 1, device=device)                        # (B, D + 1)
         anchors = n_text[:, None] - 1 if narrow else read                               # (B, R)
         n_masks = anchors.shape[1] * (k - 1)
-        ids = [tokens + [filler] * (W - len(tokens) + n_masks) for tokens in text]
+        ids = [own + [filler] * (W - len(own) + n_masks) for own in text]
         ids = torch.tensor(ids, device=device)                                          # (B, T)
         positions, mask = lay_out(cache.length, n_text, anchors, W, k, bidirectional)
 
-        # --- 2. Predictions at the last certain token and the drafts, and at all mask tokens
+        # --- 2. Predictions at the last certain token and the drafts, and at all mask tokens:
+        # columns 0 .. D are the model's own tokens, then come k - 1 of region 0, of region 1, ...
         row = torch.arange(len(ids), device=device)[:, None]
         masks = W + torch.arange(n_masks, device=device).expand(len(ids), -1)
-        at = torch.cat((read.clamp(max=W - 1), masks), dim=1)
-        logits = model(ids, positions, mask, cache, at=(row, at)).float()
+        place = torch.cat((read, masks), dim=1)                         # (B, D + 1 + R(k-1))
+        logits = model(ids, positions, mask, cache, at=(row, place)).float()
         logits[..., never] = -torch.inf
-        tokens, confidence = most_likely(logits)                                # (B, D+1 + R(k-1))
+        predicted, confidence = most_likely(logits)                     # (B, D + 1 + R(k-1)) each
 
         # --- 3. Verify: drafts up to the first wrong one stand, and the token after them is certain
-        guessed = ids.gather(1, at[:, 1:D + 1])                                         # (B, D)
-        stood = verify(guessed, n_drafts, tokens[:, :D + 1])                            # (B,)
+        fed_drafts = ids.gather(1, read[:, 1:])                                         # (B, D)
+        stood = verify(fed_drafts, n_drafts, predicted[:, :D + 1])                      # (B,)
 
         # --- 4. Commit what stands. Wrong drafts and mask tokens are overwritten
         cache.advance(n_text - n_drafts + stood)
 
-        # --- 5. New drafts: the region behind the last token that stands, if there is one
-        region = torch.zeros_like(stood) if narrow else stood
-        behind = D + 1 + region[:, None] * (k - 1) + torch.arange(k - 1, device=device)
-        chosen = torch.cat((stood[:, None], behind), dim=1)                             # (B, k)
-        sure = confidence.gather(1, chosen)
-        kept = accept(sure, threshold) - 1                                              # (B,)
-        if narrow:                              # the mask tokens have seen a draft that fell
-            kept = torch.where(stood == n_drafts, kept, 0)
-        new = tokens.gather(1, chosen)[:, 1:]                                           # (B, k - 1)
+        # --- 5. Read the slots of the last token that stands: slot 1 is the certain token, the
+        # others are the next drafts. In narrow mode they have seen all drafts, also one that fell
+        of_region = torch.zeros_like(stood) if narrow else stood
+        first = D + 1 + of_region[:, None] * (k - 1)
+        slots = torch.cat((stood[:, None], first + torch.arange(k - 1, device=device)), dim=1)
+        kept = accept(confidence.gather(1, slots), threshold)                           # (B,)
+        if narrow:
+            kept = torch.where(stood == n_drafts, kept, 1)
+        candidates = predicted.gather(1, slots)                                         # (B, k)
 
         # --- 6. Emit the standing drafts and the certain token; rows that end here are dropped
-        stood, counts = stood.tolist(), n_drafts.tolist()
-        chunks = [own[:n + 1] for own, n in zip(tokens.tolist(), stood)]
-        for i, fed, n in zip(answers.active, counts, stood):
+        n_stood = stood.tolist()
+        for i, fed, n in zip(answers.active, n_drafts.tolist(), n_stood):
             if answers.results[i].passes:                       # the first pass has none to verify
                 answers.results[i].drafts.append((fed, n))
+        chunks = [own[:n + 1] for own, n in zip(predicted.tolist(), n_stood)]
         going = answers.add(chunks, confidence.tolist())
         cache.keep_rows(going)
-        new = [own[:n] for own, n in zip(new.tolist(), kept.tolist())]
-        certain, drafts = [chunks[i][-1:] for i in going], [new[i] for i in going]
+        ahead = [own[:n] for own, n in zip(candidates.tolist(), kept.tolist())]
+        certain, drafts = [ahead[i][:1] for i in going], [ahead[i][1:] for i in going]
     return answers.results

@@ -6,16 +6,15 @@ Teach a pretrained model to write several tokens per forward pass, by self-disti
     python train.py --preset paper --model Qwen/Qwen3-0.6B --out out-qwen               # one GPU
 
 The method is mtp.py: the student writes k tokens at once, its frozen start checkpoint, the teacher,
-says what it would have written in each place, and the loss lies between. This file is the loop
-around it. All weights of the student are trained; new is only the mask token's row of the embedding
-(and of an untied output matrix), so the result is an ordinary checkpoint.
+says what it would have written in each place, and cross-entropy pulls the one to the other. This
+file is the loop around it. All weights of the student are trained; new is only the mask token's row
+of the embedding (and of an untied output matrix), so the result is an ordinary checkpoint.
 
 The paper's recipe ("Implementation details" and its appendix "Hyperparameters"): lr 1e-5 after 2000
 steps of warm-up, batches of 128 sequences, k up to 16, about 100k steps. `--preset paper` has it.
 
 Reading order: settings, what a step draws, one training step, evaluation, the loop.
 """
-import functools
 import math
 import random
 import sys
@@ -32,7 +31,8 @@ from common.cli import SWITCH, ArgumentParser, InputError
 from common.data import draw_rows, encode_rows, load_data
 from common.hub import DEFAULT_MODEL, resolve
 from common.machine import (
-    DTYPES, Interrupt, keep_freed_memory, machine, peak_memory, pick_device, pick_dtype)
+    DTYPES, StopSignal, dtype_name, keep_freed_memory, machine, peak_memory, pick_device,
+    pick_dtype)
 from common.report import chunks_of, printable, shared_text
 from common.scoring import extract_flexible, gold_of, is_right
 from common.tokenizer import Tokenizer
@@ -47,12 +47,11 @@ PRESETS = {
     "tiny": {},
     "smollm2": dict(
         model="smollm2-135m", data="gsm8k", k=4, lr=2e-4, batch_size=8, micro_batch_size=4,
-        seq_len=224, steps=500, warmup=20, cooldown=120, eval_every=50, eval_prompts=8,
-        save_every=50),
+        steps=500, cooldown=120, eval_every=50, eval_prompts=8, save_every=50),
     # The paper's model, data, k, optimiser and batch. The optimiser is what the paper's text says:
     # PyTorch's AdamW as it comes, and no clipping (the authors' config: betas .9/.95, decay .1).
-    # Its sequences of 160 fed tokens hold 85 to 155 of text and 5 regions, one per 17 text tokens
-    # at k = 16; here up to 160 are text, with a region for every 17th behind them.
+    # It feeds 160 tokens: 85 of text and 5 regions of 15 mask tokens at k = 16, 155 and 5 of one at
+    # k = 2. Here seq_len counts text alone, and stride 17 is its density at k = 16.
     "paper": dict(
         model="Qwen/Qwen3-4B-Instruct-2507", data="metamath", prompt_format="plain", k=16,
         stride=17, lr=1e-5, beta2=0.999, weight_decay=0.01, clip=0, warmup=2000, cooldown=0,
@@ -165,7 +164,7 @@ def draw_k_and_offset(step, args):
     """k uniform in 2..k_max, and the anchors' offset uniform in 0..stride-1, independently.
 
     With --curriculum N the widest k grows from 2 to k_max over the first N steps; with --fixed-k it
-    is always k_max, as it is for --k 1. The offset is the same with and without --fixed-k.
+    is always k_max, as it is for --k 1. Such runs see the same offsets as those without the flag.
     """
     rng = random.Random(f"layout/{args.seed}/{step}")
     grown = min(1.0, step / args.curriculum) if args.curriculum else 1.0
@@ -187,59 +186,102 @@ def learning_rate(step, args):
 class Step(NamedTuple):
     """What the log says of a step. Per slot: lists of k floats."""
     k: int
-    loss: float                     # nats per slot
+    loss: float                     # nats: what is minimised
     slots: int                      # supervised tokens
     fed_tokens: int                 # by student and teacher each
     agreement: list                 # per slot: share of what the student wrote that is the target
     confidence: list                # per slot: its mean probability of what it wrote
+    lr: float
+    gradient_norm: float            # before clipping
+    seconds: float
 
 
 def gradients(step, student, teacher, train, tokenizer, args):
-    """Add up the gradient of the mean loss over all slots of step `step`, on all ranks. -> Step
+    """Add up the gradient of the mean loss over all slots of step `step`, on all ranks.
 
-    Neither the number of passes nor that of ranks changes what is computed.
+    Neither the number of passes nor that of ranks changes what is computed. Returns what Step has
+    up to `confidence`.
     """
-    # --- 1. Every rank draws the same k, offset and rows, and takes its share of these in passes
+    # --- 1. Every rank draws the same k, offset and rows, and takes its share of these, in passes.
+    # Gradients of ranks are averaged, and we want their sum: the weight of a pass is the number of
+    # ranks. It is 0 where a rank has run out of rows and reads one again, since FSDP needs all
+    # ranks in each pass.
     device = next(student.parameters()).device
     k, offset = draw_k_and_offset(step, args)
     rows = draw_rows(train, args.batch_size, step, args.seed)
-    encoded = encode_rows(rows, tokenizer, args.prompt_format, args.seq_len)
+    encoded = encode_rows(rows, tokenizer, args.prompt_format, args.seq_len)    # too long: left out
     encoded.sort(key=lambda row: len(row[1]))               # alike lengths share a pass
-    dealt = parallel.deal(encoded, args.micro_batch_size)
-    passes = [(make_batch(rows, k, offset, args.stride, tokenizer, device, args.bidirectional,
-                          prefix=args.prefix_loss > 0), weight) for rows, weight in dealt]
+    passes = []
+    for share, weight in parallel.deal(encoded, args.micro_batch_size):
+        batch = make_batch(share, k, offset, args.stride, tokenizer, device, args.bidirectional,
+                           prefix=args.prefix_loss > 0)
+        passes.append((batch, weight))
 
-    # --- 2. The loss is a mean over the whole step, so count first: slots with a target, and tokens
-    # of the prefix loss
-    known = [(batch.truth != -100).sum() if teacher is None else batch.truth.numel()
-             for batch, weight in passes if weight]
-    prefix = [len(batch.next_token) for batch, weight in passes if weight]
-    counts = torch.tensor([float(sum(known)), float(sum(prefix))], device=device)
-    slots, prefix_tokens = (max(1, int(n)) for n in parallel.total(counts).tolist())
+    # --- 2. The loss is a mean over the whole step, so count first: its slots (of ground truth only
+    # those whose truth is known), and the tokens of the prefix loss
+    counts = torch.zeros(2, device=device)
+    for batch, weight in passes:
+        known = batch.truth != -100 if teacher is None else torch.ones_like(batch.truth)
+        own = torch.tensor([known.sum(), len(batch.next_token)], device=device)
+        counts += own * (weight > 0)
+    total_slots, prefix_tokens = (max(1, int(n)) for n in parallel.total(counts).tolist())
 
     # --- 3. Forward and backward, pass by pass
-    loss, fed, sums = torch.zeros(()), 0, torch.zeros(3, args.k)
+    loss_and_fed, per_slot = torch.zeros(2), torch.zeros(3, args.k)
     for n, (batch, weight) in enumerate(passes, 1):
-        parallel.average_when(student, last=n == len(passes))
+        parallel.average_when(student, last=n == len(passes))       # DDP: in the last pass only
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-            part, seen = region_loss(
-                student, teacher, batch, tokenizer, slots, soft=args.targets == "soft",
+            loss, seen = region_loss(
+                student, teacher, batch, tokenizer, total_slots, soft=args.targets == "soft",
                 slot1_weight=args.slot1_weight, prefix_weight=args.prefix_loss,
                 prefix_tokens=prefix_tokens)
-        (weight * part).backward()
+        (weight * loss).backward()
         if weight:
-            loss += part.item()
-            fed += batch.ids.numel()
+            loss_and_fed += torch.tensor([loss.item(), batch.ids.numel()])
             known = seen.targets != -100                                            # (N, k)
             agrees = seen.rollout == seen.targets
-            sums[:, :k] += torch.stack((known, agrees, known * seen.confidence)).sum(dim=1).cpu()
+            sums = torch.stack((known, agrees, known * seen.confidence)).sum(dim=1)     # (3, k)
+            per_slot[:, :k] += sums.cpu()
 
     # --- 4. Add up over ranks, for the log
-    sums = torch.cat((loss[None], torch.tensor([float(fed)]), sums.flatten())).to(device)
-    loss, fed, *sums = parallel.total(sums).tolist()
-    count, agreed, confidence = torch.tensor(sums).view(3, -1)[:, :k]               # (k,) each
-    per_slot = (torch.stack((agreed, confidence)) / count.clamp(min=1)).tolist()
-    return Step(k, loss, int(count.sum()), int(fed), *per_slot)
+    loss, fed = parallel.total(loss_and_fed.to(device)).tolist()
+    count, agreed, confidence = parallel.total(per_slot.to(device)).cpu()[:, :k]        # (k,) each
+    return (k, loss, int(count.sum()), int(fed), (agreed / count.clamp(min=1)).tolist(),
+            (confidence / count.clamp(min=1)).tolist())
+
+
+def training_step(step, student, teacher, optimizer, train, tokenizer, args):
+    """One step: gradients, clipping, AdamW. Returns a Step.
+
+    Raises FloatingPointError, before the weights move, where loss or gradient are not finite.
+    """
+    began = time.perf_counter()
+    lr = learning_rate(step, args)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    k, loss, *counted = gradients(step, student, teacher, train, tokenizer, args)
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
+    norm = (norm.full_tensor() if args.fsdp else norm).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return Step(k, loss, *counted, lr, norm, time.perf_counter() - began)
+
+
+def arithmetic(done, args):
+    """What a Step was made of, in words."""
+    regions = done.slots / done.k / args.batch_size
+    return (f"{args.batch_size} sequences * {regions:.1f} regions * {done.k} slots = {done.slots} "
+            f"supervised tokens, {done.fed_tokens} tokens fed (k is drawn anew each step)\n")
+
+
+def progress(done):
+    """The numbers that matter, for the progress bar: slots 1, 2 and the last one."""
+    slots = ", ".join(f"{slot} {done.agreement[slot - 1]:.0%}"
+                      for slot in sorted({1, min(2, done.k), done.k}))
+    return (f"loss {done.loss:.2f}, agreement at slot {slots}, "
+            f"{done.slots / done.seconds:.0f} tokens/s")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,8 +292,11 @@ def evaluate(student, tokenizer, rows, args):
     prompts = [tokenizer.prompt(row["question"], args.prompt_format) for row in rows]
     golds = [gold_of(row["answer"]) for row in rows]
 
+    # FSDP gathers no weights in inference mode: take the function from under its decorator
+    write = torch.no_grad()(generate.__wrapped__) if args.fsdp else generate
+
     def decode(k, threshold):
-        results = generate(student, tokenizer, prompts, k, threshold, args.max_new_tokens)
+        results = write(student, tokenizer, prompts, k, threshold, args.max_new_tokens)
         texts = [tokenizer.decode(result.tokens) for result in results]
         hits = [is_right(extract_flexible(text), gold) for text, gold in zip(texts, golds)]
         return results, sum(hits) / len(hits)
@@ -264,7 +309,7 @@ def evaluate(student, tokenizer, rows, args):
         adaptive, report["accuracy"] = decode(args.k, 0.9)
     rates = [result.tokens_per_forward for result in adaptive]
     report["tokens_per_forward"] = sum(rates) / len(rates)
-    # tokens before the first difference
+    # share of k = 1's tokens before the first difference
     report["agreement_with_k1"] = shared_text([a.tokens for a in adaptive],
                                               [a.tokens for a in plain])
     report["sample"] = "".join(f"[{len(chunk)}|{tokenizer.decode(chunk)}]"
@@ -272,7 +317,7 @@ def evaluate(student, tokenizer, rows, args):
     return report
 
 
-def say(step, report):
+def in_words(step, report):
     """An evaluation, for people."""
     line = (f"step {step}: {report['accuracy_k1']:.0%} of {report['prompts']} held-out problems "
             "right with k = 1")
@@ -280,7 +325,7 @@ def say(step, report):
         line += (f"; at threshold 0.9 {report['accuracy']:.0%}, {report['tokens_per_forward']:.2f} "
                  f"tokens per forward and {report['agreement_with_k1']:.0%} of the text as with "
                  f"k = 1\n{printable(report['sample'])}")
-    tqdm.write(line + "\n")
+    return line + "\n"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,7 +375,7 @@ def load_models(start, folder, tokenizer, args, device):
 
 
 def spread(student, teacher, args, device):
-    """FSDP, torch.compile, DDP, where asked for. Returns the student whose gradients are averaged."""
+    """FSDP, torch.compile, DDP, where asked for. Returns what to call instead of the student."""
     models = [student] if teacher is None else [student, teacher]
     for model in models:
         if args.fsdp:
@@ -342,15 +387,25 @@ def spread(student, teacher, args, device):
     return student
 
 
+def make_optimizer(model, args):
+    """AdamW, with weight decay on matrices and none on norms and biases."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": args.weight_decay},
+         {"params": others, "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, args.beta2), fused=True)
+
+
 def main():
     args = get_args()
     out = Path(args.out)
     resuming = find_run(out, args.resume)                   # refuses what would overwrite a run
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
-    device = parallel.join(pick_device(args.device))
-    dtype = pick_dtype(args.dtype, device)
-    args.dtype = next(name for name, value in DTYPES.items() if value == dtype)
+    device = parallel.join(pick_device(args.device))        # from here on only rank 0 says anything
+    rank, world = parallel.rank_and_world()
+    args.dtype = dtype_name(pick_dtype(args.dtype, device))
 
     # --- data and tokens
     start = resolve(args.model)
@@ -363,86 +418,53 @@ def main():
 
     # --- student, frozen teacher, optimiser
     state = load_trainer(out, args) if resuming else None
-    student, teacher = load_models(start, out / "latest" if resuming else start, tokenizer, args,
-                                   device)
+    folder = out / "latest" if resuming else start
+    student, teacher = load_models(start, folder, tokenizer, args, device)
     settings = {"parameters": sum(p.numel() for p in student.parameters()), **vars(args),
-                "processes": parallel.rank_and_world()[1], **machine(device)}
+                "processes": world, **machine(device)}
     log = Log(out)
-    trained = spread(student, teacher, args, device)
-    matrices = [p for p in student.parameters() if p.dim() >= 2]
-    others = [p for p in student.parameters() if p.dim() < 2]               # norms, biases
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay},
-         {"params": others, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, args.beta2), fused=True)
+    wrapped = spread(student, teacher, args, device)
+    optimizer = make_optimizer(student, args)
     step, saved = 0, None
     if resuming:
-        step, saved = restore(state, student, optimizer), (out / "latest").resolve()
+        step, saved = restore(state, student, optimizer), folder.resolve()
     print("\n".join(f"{name:>18}  {value}" for name, value in settings.items()) + "\n")
     log.record("resume" if resuming else "start", step, **settings)
 
-    # --- the loop
-    first, began = step, time.perf_counter()
-    interrupt = Interrupt("stopping after this step (again to stop at once) ...")
-    save = functools.partial(save_checkpoint, out, student=student, optimizer=optimizer,
-                             tokenizer=tokenizer, args=args)
-    if args.eval_every and step == 0:
-        report = evaluate(student, tokenizer, held_out, args)
-        say(0, report)
-        log.record("eval", 0, minutes=0.0, **report)
-    bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True,
-               disable=parallel.rank_and_world()[0] > 0)
-    while step < args.steps:
-        minutes = (time.perf_counter() - began) / 60
-        late = args.minutes is not None and minutes >= args.minutes
-        if parallel.any_rank(late or interrupt.asked, device):      # all stop after the same step
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        seconds = -time.perf_counter()
-        now = gradients(step, trained, teacher, train, tokenizer, args)
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
-        norm = (norm.full_tensor() if args.fsdp else norm).item()
-        if not (math.isfinite(now.loss) and math.isfinite(norm)):
-            sys.exit(f"step {step + 1}: loss {now.loss}, gradient norm {norm}; stopped. The last "
-                     f"good checkpoint is {saved or 'none'} (try a lower --lr)")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds += time.perf_counter()
-        step += 1
-
-        # --- say, log, evaluate, save
-        if step == first + 1:
-            regions = now.slots / now.k / args.batch_size
-            tqdm.write(f"step {step}: {args.batch_size} sequences * {regions:.1f} regions * "
-                       f"{now.k} slots = {now.slots} supervised tokens, {now.fed_tokens} tokens fed "
-                       "(k is drawn anew each step)\n")
-        agreement = ", ".join(f"{slot} {now.agreement[slot - 1]:.0%}"
-                              for slot in sorted({1, min(2, now.k), now.k}))
-        bar.update()
-        bar.set_postfix_str(f"loss {now.loss:.2f}, agreement at slot {agreement}, "
-                            f"{now.slots / seconds:.0f} tokens/s")
-        minutes = round((time.perf_counter() - began) / 60, 3)
-        if step % args.log_every == 0:
-            log.record("train", step, minutes=minutes, **now._asdict(), lr=group["lr"],
-                       gradient_norm=norm, seconds=seconds)
-        if args.eval_every and step % args.eval_every == 0:
+    # --- the loop, until Ctrl-C or the time is up; all ranks stop after the same step
+    first, stop = step, StopSignal(args.minutes)
+    bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True, disable=rank > 0)
+    while True:
+        if args.eval_every and step % args.eval_every == 0 and (step > first or step == 0):
             report = evaluate(student, tokenizer, held_out, args)
-            say(step, report)
-            log.record("eval", step, minutes=minutes, **report)
-        if step % args.save_every == 0:
-            saved = save(step)
+            tqdm.write(in_words(step, report))
+            log.record("eval", step, minutes=stop.minutes, **report)
+        if step > first and step % args.save_every == 0:
+            saved = save_checkpoint(out, step, student, optimizer, tokenizer, args)
+        if step == args.steps or parallel.any_rank(stop.asked, device):
+            break
+        try:
+            done = training_step(step, wrapped, teacher, optimizer, train, tokenizer, args)
+        except FloatingPointError as error:
+            sys.exit(f"step {step + 1}: {error}; stopped. The last good checkpoint is "
+                     f"{saved or 'none'} (try a lower --lr)")
+        step += 1
+        if step == first + 1:
+            tqdm.write(arithmetic(done, args))
+        bar.update()
+        bar.set_postfix_str(progress(done))
+        if step % args.log_every == 0:
+            log.record("train", step, minutes=stop.minutes, **done._asdict())
     bar.close()
 
-    # --- the end, or a stop: nothing is lost
-    if step > first and (saved is None or saved.name != f"step-{step}"):
-        saved = save(step)
-    minutes = round((time.perf_counter() - began) / 60, 3)
-    log.record("end", step, minutes=minutes, interrupted=interrupt.asked,
+    # --- the end: nothing is lost
+    if step > first and step % args.save_every:
+        saved = save_checkpoint(out, step, student, optimizer, tokenizer, args)
+    log.record("end", step, minutes=stop.minutes, interrupted=stop.interrupted,
                peak_memory_gb=peak_memory(device))
     print(f"{step} steps; the newest checkpoint is {saved} (python sample.py --model {out})")
     parallel.leave()
-    if interrupt.asked:
+    if stop.interrupted:
         sys.exit(130)
 
 

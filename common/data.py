@@ -1,19 +1,22 @@
 """
-Questions with worked answers, for training and for held-out prompts.
+Questions with worked answers: to train on, to hold out, to ask.
 
-    python -m common.data                                        # three word problems, as the model sees them
-    python -m common.data --data gsm8k                             # GSM8K's training rows, from the hub
-    python -m common.data --data path/to/train.jsonl               # your own rows
+    python -m common.data                                   # three word problems
+    python -m common.data --data gsm8k                      # GSM8K's training rows, from the hub
+    python -m common.data --data path/to/train.jsonl        # your own rows
 
 Every source comes out as the same thing, a sequence of {"question": str, "answer": str}:
 
-    wordproblems    made on the spot by a seeded generator, in GSM8K's form; endless, offline, the default
+    wordproblems    made on the spot by a seeded generator, in GSM8K's form; endless, offline
     gsm8k           `openai/gsm8k` on the hub, its train split (7,473 rows)
-    metamath        `meta-math/MetaMathQA` on the hub (395,000 rows, rewritten from GSM8K's and MATH's train questions)
-    FILE.jsonl      question/answer (GSM8K's own files), prompt/response, or query/response (MetaMath's) per line
+    metamath        `meta-math/MetaMathQA` on the hub (395,000 rows, rewritten from the training
+                    questions of GSM8K and MATH)
+    FILE.jsonl      question/answer (GSM8K's own files), prompt/response, or query/response
+                    (MetaMath's) per line
 
-Held-out prompts are training rows that are never trained on. Test sets are never touched here: that is what they are
-for. MetaMath asks the same original question many times over, so rows are split by original question, not by row.
+Held-out prompts are training rows that are never trained on. MetaMath asks the same original
+question many times over, so rows are split by original question, not by row. Test splits are for
+evaluation, and `load_questions` alone reads them.
 """
 import functools
 import json
@@ -25,43 +28,52 @@ from common.cli import ArgumentParser, InputError, run
 from common.wordproblems import WordProblems
 
 FIELDS = (("question", "answer"), ("prompt", "response"), ("query", "response"))
+JSON_LINES = (".jsonl", ".json")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows from a file or from the hub
 
 def clean_row(row, where):
-    """One raw row -> {"question", "answer", "group"}. Raises InputError, naming `where`, for a malformed one.
+    """One raw row -> {"question", "answer", "group"}. InputError, naming `where`, if malformed.
 
-    GSM8K marks calculator calls as <<48/2=24>>: they are removed. `group` is what must not be split between training
-    and held-out rows: MetaMath's original question, else the question itself.
+    `group` is what must not be split between training and held-out rows: MetaMath's original
+    question, else the question itself.
     """
-    if isinstance(row, dict):
-        for question, answer in FIELDS:
-            if question in row and answer in row:
-                texts = row[question], row[answer]
-                if not all(isinstance(text, str) and text.strip() for text in texts):
-                    raise InputError(f"{where}: {question!r} and {answer!r} must be non-empty strings")
-                group = row.get("original_question") or texts[0]
-                if not isinstance(group, str):
-                    raise InputError(f"{where}: 'original_question' must be a string")
-                answer = re.sub(r"<<[^<>\n]*>>", "", texts[1]) if answer == "answer" else texts[1]
-                return {"question": texts[0], "answer": answer, "group": group}
-    raise InputError(f"{where}: expected an object with " + ", ".join("/".join(pair) for pair in FIELDS))
+    fields = set(row) if isinstance(row, dict) else set()
+    pairs = [pair for pair in FIELDS if fields >= set(pair)]
+    if not pairs:
+        known = ", ".join("/".join(pair) for pair in FIELDS)
+        raise InputError(f"{where}: expected an object with {known}")
+    asked, answered = pairs[0]
+    question, answer = row[asked], row[answered]
+    for text in (question, answer):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{where}: {asked!r} and {answered!r} must be non-empty strings")
+    group = row.get("original_question") or question
+    if not isinstance(group, str):
+        raise InputError(f"{where}: 'original_question' must be a string")
+    if answered == "answer":                            # GSM8K marks calculator calls: <<48/2=24>>
+        answer = re.sub(r"<<[^<>\n]*>>", "", answer)
+    return {"question": question, "answer": answer, "group": group}
 
 
 def read_jsonl(path):
-    """All rows of a JSONL file, cleaned. Raises InputError with file and line number; blank lines are skipped."""
+    """All rows of a JSONL file, cleaned; blank lines are skipped.
+
+    Raises InputError with file and line number.
+    """
     rows = []
     try:
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except ValueError as error:
-                        raise InputError(f"{path}:{number}: not JSON ({error})") from None
-                    rows.append(clean_row(row, f"{path}:{number}"))
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise InputError(f"{path}:{number}: not JSON ({error})") from None
+                rows.append(clean_row(row, f"{path}:{number}"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     if not rows:
@@ -70,33 +82,41 @@ def read_jsonl(path):
 
 
 def read_hub(repository, *config, split="train"):
-    """All rows of one split of a hub data set, cleaned. Raises InputError where the hub cannot be reached."""
-    from datasets import load_dataset
+    """All rows of one split of a hub data set, cleaned. InputError if the hub is out of reach."""
+    from datasets import load_dataset               # slow to import, and seldom needed
 
     try:
         rows = load_dataset(repository, *config, split=split)
-    except Exception as error:          # offline shows up as any of half a dozen classes
-        raise InputError(f"cannot fetch {repository} from the hub ({type(error).__name__}); offline, use "
-                         "--data wordproblems or give --data a JSONL file") from None
+    except Exception as error:                      # offline is any of half a dozen classes
+        raise InputError(f"cannot fetch {repository} from the hub ({type(error).__name__}); "
+                         "offline, use --data wordproblems or give --data a JSONL file") from None
     return [clean_row(row, f"{repository} row {i}") for i, row in enumerate(rows)]
 
 
+# --------------------------------------------------------------------------------------------------
+# Rows to train on, and others held out
+
 def split_rows(rows, held_out, seed):
-    """(train rows, `held_out` held-out rows), no group on both sides; the choice depends on the seed alone."""
-    groups = sorted({row["group"] for row in rows})
-    random.Random(f"held-out/{seed}").shuffle(groups)
+    """(train rows, `held_out` held-out rows), no group on both sides.
+
+    Of a held-out group one row is asked, its first. The choice depends on the seed alone.
+    """
     first_of = {}
     for row in rows:
         first_of.setdefault(row["group"], row)
+    groups = sorted(first_of)                       # not in the order of the rows
+    random.Random(f"held-out/{seed}").shuffle(groups)
     chosen = groups[:held_out]
     if len(chosen) == len(groups):
-        raise InputError(f"{len(groups)} different questions cannot spare {held_out} held-out prompts: add rows")
+        raise InputError(f"{len(groups)} different questions cannot spare {held_out} held-out "
+                         "prompts: add rows")
     kept_back = set(chosen)
-    return [row for row in rows if row["group"] not in kept_back], [first_of[group] for group in chosen]
+    train = [row for row in rows if row["group"] not in kept_back]
+    return train, [first_of[group] for group in chosen]
 
 
 def load_data(name, held_out, seed):
-    """(train, held-out) for `--data NAME`: two sequences of {"question", "answer"}, the second of length `held_out`.
+    """(train, held-out) for `--data NAME`: two sequences of rows, the second of length `held_out`.
 
     Raises InputError for an unknown name, a malformed row, or a hub that cannot be reached.
     """
@@ -107,10 +127,11 @@ def load_data(name, held_out, seed):
         rows = read_hub("openai/gsm8k", "main")
     elif name == "metamath":
         rows = read_hub("meta-math/MetaMathQA")
-    elif Path(name).suffix in (".jsonl", ".json"):
+    elif Path(name).suffix in JSON_LINES:
         rows = read_jsonl(name)
     else:
-        raise InputError(f"no data {name!r}; --data takes wordproblems, gsm8k, metamath or a path to a .jsonl file")
+        raise InputError(f"no data {name!r}; --data takes wordproblems, gsm8k, metamath or a path "
+                         "to a .jsonl file")
     return split_rows(rows, held_out, seed)
 
 
@@ -128,25 +149,25 @@ def load_questions(name, limit, shots, seed):
         test, train = WordProblems(seed, "test"), WordProblems(seed, "train")
         return [test[i] for i in range(limit or 200)], [train[i] for i in range(shots)]
     if name == "gsm8k":
-        rows, train = read_hub("openai/gsm8k", "main", split="test"), []
+        rows, examples = read_hub("openai/gsm8k", "main", split="test"), []
         if shots:
-            train = random.Random(seed).sample(read_hub("openai/gsm8k", "main"), shots)
-    elif Path(name).suffix in (".jsonl", ".json"):
+            examples = random.Random(seed).sample(read_hub("openai/gsm8k", "main"), shots)
+    elif Path(name).suffix in JSON_LINES:
         rows = read_jsonl(name)
-        train = random.Random(seed).sample(rows, min(shots, len(rows)))
-        rows = [row for row in rows if row not in train]
+        examples = random.Random(seed).sample(rows, min(shots, len(rows)))
+        rows = [row for row in rows if row not in examples]
     else:
-        raise InputError(f"no data {name!r}; --data takes wordproblems, gsm8k or a path to a .jsonl "
-                         "file")
+        raise InputError(f"no data {name!r}; --data takes wordproblems, gsm8k or a path to a "
+                         ".jsonl file")
     if not rows:
         raise InputError(f"{name} leaves no question to ask")
-    return rows[:limit], train
+    return rows[:limit], examples
 
 
 def read_questions(typed, path, seed):
     """Questions, a list of str: the typed ones, then the file's, else one unseen word problem."""
     questions = list(typed)
-    if path and Path(path).suffix in (".jsonl", ".json"):
+    if path and Path(path).suffix in JSON_LINES:
         questions += [row["question"] for row in read_jsonl(path)]
     elif path:
         try:
@@ -161,10 +182,11 @@ def read_questions(typed, path, seed):
     return questions
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a training step reads. It follows from (seed, step) alone, so a resumed run sees what it would have seen.
+# --------------------------------------------------------------------------------------------------
+# What a training step reads. It follows from (seed, step) alone: a resumed run sees what it would
+# have seen.
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)                     # a step may end one epoch and begin the next
 def epoch_order(rows, seed, epoch):
     """A shuffled list of 0..rows-1, another one for each epoch."""
     order = list(range(rows))
@@ -174,24 +196,36 @@ def epoch_order(rows, seed, epoch):
 
 def draw_rows(train, batch_size, step, seed):
     """The rows of step `step` (from 0): each row once per epoch, in a new order every epoch."""
-    chosen = range(step * batch_size, (step + 1) * batch_size)
-    return [train[epoch_order(len(train), seed, i // len(train))[i % len(train)]] for i in chosen]
+    rows = []
+    for drawn in range(step * batch_size, (step + 1) * batch_size):
+        epoch, i = divmod(drawn, len(train))
+        rows.append(train[epoch_order(len(train), seed, epoch)[i]])
+    return rows
 
 
 def encode_rows(rows, tokenizer, style, seq_len):
-    """[(prompt length, ids of prompt + answer + end)], cut at seq_len; a prompt that is too long is left out."""
-    prompts = [tokenizer.prompt(row["question"], style) for row in rows]
-    return [(len(prompt), (prompt + tokenizer.response(row["answer"]))[:seq_len])
-            for row, prompt in zip(rows, prompts) if len(prompt) < seq_len]
+    """Rows -> pairs (number of tokens of the prompt, ids of prompt + answer + end).
+
+    Cut at `seq_len` tokens; a row whose prompt alone is that long is left out.
+    """
+    encoded = []
+    for row in rows:
+        prompt = tokenizer.prompt(row["question"], style)
+        if len(prompt) < seq_len:
+            ids = prompt + tokenizer.response(row["answer"])
+            encoded.append((len(prompt), ids[:seq_len]))
+    return encoded
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def main():
     parser = ArgumentParser(prog="-m common.data", description=__doc__)
-    parser.add_argument("--data", default="wordproblems", help="wordproblems, gsm8k, metamath or a JSONL file")
-    parser.add_argument("--limit", type=int, default=3, help="rows to print (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    add = parser.add_argument
+    add("--data", default="wordproblems",
+        help="wordproblems, gsm8k, metamath or a JSONL file (%(default)s)")
+    add("--limit", type=int, default=3, help="rows to print (%(default)s)")
+    add("--seed", type=int, default=0, help="(%(default)s)")
     args = parser.parse_args()
     train, _ = load_data(args.data, held_out=1, seed=args.seed)
     for i in range(min(args.limit, len(train))):

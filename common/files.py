@@ -50,7 +50,7 @@ def weight_files(folder):
 
 
 def read_weights(folder):
-    """Every tensor of a folder, {name: tensor}, in the dtype on disk. InputError if one is damaged."""
+    """All tensors of a folder, {name: tensor}, in the dtype on disk. InputError if one is bad."""
     weights = {}
     for file in weight_files(folder):
         try:

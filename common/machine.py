@@ -2,9 +2,9 @@
 Where a program computes, in what dtype, and what its log says about that.
 
     from common.machine import machine, pick_device, pick_dtype
-    device = pick_device("auto")                                # CUDA, else Apple silicon, else the CPU
-    dtype = pick_dtype("auto", device)                          # bf16 where that is faster
-    machine(device)                                             # what the logs in results/ say of their machine
+    device = pick_device("auto")                # CUDA, else Apple silicon, else the CPU
+    dtype = pick_dtype("auto", device)          # bf16 where that is faster
+    machine(device)                             # what the logs in results/ say of their machine
 """
 import ctypes
 import platform
@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -23,14 +24,24 @@ from common.cli import InputError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+# --------------------------------------------------------------------------------------------------
+# What is asked for
+
 def pick_device(name="auto"):
-    """torch.device for `--device`: "auto" is CUDA, else Apple silicon, else CPU. Raises InputError if it is absent."""
+    """torch.device for `--device`; "auto" is CUDA, else Apple silicon, else the CPU.
+
+    Raises InputError where this machine has no such device.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
     try:
         if torch.device(name).type not in ("cuda", "mps", "cpu"):
             raise RuntimeError
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=name).device               # "cuda" -> cuda:0, if it works
     except (RuntimeError, AssertionError):
         raise InputError(f"no device {name!r} on this machine (try --device auto)") from None
 
@@ -38,8 +49,8 @@ def pick_device(name="auto"):
 def pick_dtype(name, device):
     """torch.dtype for `--dtype`: "auto" is bf16 where matrices multiply faster in it, else fp32.
 
-    That is CUDA GPUs that support it and CPUs with AMX. A CPU that merely has bf16 instructions (AVX-512) was measured
-    at 0.7x the fp32 rate.
+    That is CUDA GPUs that support it and CPUs with AMX. A CPU that merely has bf16 instructions
+    (AVX-512) was measured at 0.7x the fp32 rate.
     """
     if name == "auto":
         cuda = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -48,52 +59,102 @@ def pick_dtype(name, device):
     return DTYPES[name]
 
 
+def dtype_name(dtype):
+    """What --dtype calls a torch.dtype."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+
 def keep_freed_memory():
-    """Tell glibc to keep what is freed. Else every large tensor's memory goes back to the system and comes back page by
-    page, filled with zeros: up to a tenth of a training step of SmolLM2-135M on two cores (results/efficiency-smollm2)."""
+    """Tell glibc to keep what is freed.
+
+    Else every large tensor's memory goes back to the system and comes back page by page, filled
+    with zeros: up to a tenth of a training step of SmolLM2-135M on two cores
+    (results/efficiency-smollm2).
+    """
     try:
         libc = ctypes.CDLL("libc.so.6")
-    except OSError:                                                         # no glibc: macOS
+    except OSError:                                             # no glibc: macOS
         return
-    for option, value in ((-4, 0), (-1, -1), (-2, 2 ** 28)):                # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        libc.mallopt(option, value)
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4        # malloc.h
+    libc.mallopt(M_MMAP_MAX, 0)                                 # large tensors on the heap, too
+    libc.mallopt(M_TRIM_THRESHOLD, -1)                          # never give back its end
+    libc.mallopt(M_TOP_PAD, 2 ** 28)                            # bytes by which it grows
 
 
 def peak_memory(device):
-    """Most memory that this process has held, in GB: on a GPU what torch allocated there, else resident memory."""
+    """Most memory that this process has held, in GB (10^9 bytes).
+
+    On a GPU it is what torch allocated there, else resident memory.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024              # bytes; Linux counts in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+# --------------------------------------------------------------------------------------------------
+# What the log says
+
+def output_of(*command):
+    """What a command prints, run in the repository; "" where there is no such command."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
 def machine(device):
-    """Where and how a program runs, for its log: a dict of strings (device, torch, python, commit, command)."""
-    def said(*command):
-        try:
-            return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-        except OSError:
-            return ""
+    """Where and how a program runs: a dict of strings (device, torch, python, commit, command)."""
+    # --- the processor
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        models = [line for line in output_of("lscpu").splitlines() if "Model name" in line]
+        cpu = models[0].split(":", 1)[1].strip() if models else ""
+        name = f"{cpu}, {torch.get_num_threads()} threads"
 
-    script = Path(sys.argv[0])                                              # named as it is called, without its folder
-    script = f"-m studies.{script.stem}" if script.parent.name == "studies" else script.name
-    cpu = next((line.split(":", 1)[1].strip() for line in said("lscpu").splitlines() if "Model name" in line), "")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
-    return {"device": f"{device.type}: {name}", "torch": torch.__version__, "python": platform.python_version(),
-            "commit": said("git", "describe", "--always", "--dirty"),
-            "command": " ".join(["python", script, *map(shlex.quote, sys.argv[1:])])}
+    # --- the command, named as it is called, without its folder
+    script = Path(sys.argv[0])
+    called = f"-m studies.{script.stem}" if script.parent.name == "studies" else script.name
+    command = ["python", called, *map(shlex.quote, sys.argv[1:])]
+
+    return {"device": f"{device.type}: {name}",
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "commit": output_of("git", "describe", "--always", "--dirty"),
+            "command": " ".join(command)}
 
 
-class Interrupt:
-    """Ctrl-C and SIGTERM: the first is noted in `asked`, the second stops the program at once."""
+# --------------------------------------------------------------------------------------------------
+# Stopping in good order
 
-    def __init__(self, message):
-        self.asked, self.message = False, message
+class StopSignal:
+    """Is it time to stop? After so many minutes (None: never), Ctrl-C or SIGTERM.
+
+    A first signal is only noted, so that a step can be finished and saved; a second one stops the
+    program at once.
+    """
+
+    def __init__(self, minutes=None):
+        self.limit, self.began, self.interrupted = minutes, time.perf_counter(), False
         signal.signal(signal.SIGINT, self.note)
         signal.signal(signal.SIGTERM, self.note)
 
     def note(self, signum, frame):
-        if self.asked:
+        if self.interrupted:
             raise KeyboardInterrupt
-        self.asked = True
-        tqdm.write(self.message)
+        self.interrupted = True
+        tqdm.write("stopping after this step (again to stop at once) ...")
+
+    @property
+    def minutes(self):
+        """Since the beginning."""
+        return round((time.perf_counter() - self.began) / 60, 3)
+
+    @property
+    def asked(self):
+        return self.interrupted or (self.limit is not None and self.minutes >= self.limit)

@@ -1,8 +1,8 @@
 """
-What a decoded answer looks like, and what it counts: coloured chunks, speeds, acceptance, a summary.
+What a decoded answer looks like, and what it counts: chunks in colour, speed, acceptance.
 
     from common.report import summary
-    print(summary([results]))                                   # Answers, as sample.py's `generate` returns them
+    print(summary([answers]))                   # batches of Answers, as `generate` returns them
 
 Nothing here decodes.
 """
@@ -14,85 +14,135 @@ import statistics
 import sys
 from collections import Counter
 
-BACKGROUNDS = (153, 222, 157, 218, 189, 229)           # light colours of the 256-colour palette, black text on them
+# --------------------------------------------------------------------------------------------------
+# Chunks: the tokens of one pass
+
+BACKGROUNDS = (153, 222, 157, 218, 189, 229)            # light ones of the 256-colour palette
+BLACK = 16                                              # the text on them
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+RESET = "\x1b[0m"
 
 
 def printable(text):
-    """`text` with control characters but newline and tab as "?": a model gives no commands to a terminal."""
+    """`text` with control characters but newline and tab as "?".
+
+    A model gives no commands to a terminal.
+    """
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
 class ChunkPrinter:
-    """Writes chunks as they come: coloured on a terminal, as [3|three tokens here] elsewhere or under NO_COLOR."""
+    """Writes chunks as they come, each a list of tokens.
+
+    On a terminal they are coloured, their length in superscript. Elsewhere, or under NO_COLOR, they
+    look like [3|three tokens here].
+    """
 
     def __init__(self, tokenizer, stream=None):
         self.tokenizer, self.stream, self.count = tokenizer, stream or sys.stdout, 0
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")    # a character may span two chunks
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")    # characters span chunks
         self.colour = self.stream.isatty() and not os.environ.get("NO_COLOR")
 
     def __call__(self, tokens):
         text = printable(self.utf8.decode(self.tokenizer.token_bytes(tokens)))
         self.count += 1
         if self.colour:
-            paint = f"\x1b[48;5;{BACKGROUNDS[self.count % len(BACKGROUNDS)]};38;5;16m"
-            text = text.replace("\n", f"\x1b[0m\n{paint}")              # or the colour would run to the right margin
-            text = f"{paint}{text}{str(len(tokens)).translate(SUPERSCRIPTS)}\x1b[0m"
+            background = BACKGROUNDS[self.count % len(BACKGROUNDS)]
+            paint = f"\x1b[48;5;{background};38;5;{BLACK}m"
+            text = text.replace("\n", f"{RESET}\n{paint}")      # or it colours to the right margin
+            length = str(len(tokens)).translate(SUPERSCRIPTS)
+            text = f"{paint}{text}{length}{RESET}"
         else:
             text = f"[{len(tokens)}|{text}]"
         self.stream.write(text)
         self.stream.flush()
 
 
-def chunks_of(result):
-    """The tokens of a Generation, pass by pass: a list of lists."""
-    ends = list(itertools.accumulate(result.chunks))
-    return [result.tokens[end - size:end] for size, end in zip(result.chunks, ends)]
+def chunks_of(answer):
+    """The tokens of an Answer, pass by pass: a list of lists."""
+    ends = itertools.accumulate(answer.chunks)
+    return [answer.tokens[end - size:end] for size, end in zip(answer.chunks, ends)]
 
+
+# --------------------------------------------------------------------------------------------------
+# Counts. A batch is a list of Answers that were decoded together.
 
 def speeds(batches):
-    """(whole, decode only) tokens/s of a list of batches, each a list of Generations that were decoded together.
+    """(whole, decode only) tokens/s of a list of batches.
 
-    Whole: all tokens / all time. Decode only: the pass over the prompt left out, its time and its tokens.
+    Whole: all tokens / all time. Decode only: the pass over the prompt left out, its time and its
+    tokens; NaN where nothing is left.
     """
-    tokens = sum(len(r.tokens) for batch in batches for r in batch)
-    seconds = sum(max(r.seconds for r in batch) for batch in batches)
-    first_tokens = sum(r.chunks[0] for batch in batches for r in batch)
-    first_seconds = sum(batch[0].prompt_seconds for batch in batches)
-    decode_seconds = seconds - first_seconds
-    return tokens / seconds, (tokens - first_tokens) / decode_seconds if decode_seconds > 0 else float("nan")
+    tokens, seconds, prompt_tokens, prompt_seconds = 0, 0.0, 0, 0.0
+    for batch in batches:
+        tokens += sum(len(answer.tokens) for answer in batch)
+        seconds += max(answer.seconds for answer in batch)      # until the last row has ended
+        prompt_tokens += sum(answer.chunks[0] for answer in batch)
+        prompt_seconds += batch[0].prompt_seconds               # one pass, the same for all rows
+    decode_seconds = seconds - prompt_seconds
+    decode = (tokens - prompt_tokens) / decode_seconds if decode_seconds > 0 else float("nan")
+    return tokens / seconds, decode
 
 
-def acceptance_by_position(results):
-    """Lossless decoding: for draft 1, 2, ... of a pass, the share of those fed that stood. One that is right behind a wrong
-    one did not stand: acceptance(j) = passes with at least j standing drafts / passes with at least j drafts fed."""
-    passes = [counts for result in results for counts in result.drafts]
+def acceptance_by_position(answers):
+    """Lossless decoding: for draft 1, 2, ... of a pass, the share of those fed that stood.
+
+        acceptance(j) = passes with at least j standing drafts / passes with at least j drafts fed
+
+    A draft that is right behind a wrong one did not stand.
+    """
+    passes = [counts for answer in answers for counts in answer.drafts]     # (fed, stood) each
     most = max((fed for fed, _ in passes), default=0)
-    return [sum(stood >= j for _, stood in passes) / sum(fed >= j for fed, _ in passes) for j in range(1, most + 1)]
+    shares = []
+    for j in range(1, most + 1):
+        n_stood = sum(stood >= j for _, stood in passes)
+        n_fed = sum(fed >= j for fed, _ in passes)
+        shares.append(n_stood / n_fed)
+    return shares
 
 
 def summary(batches):
     """A few lines about what came out and how fast."""
-    results = [result for batch in batches for result in batch]
-    tokens, passes = sum(len(r.tokens) for r in results), sum(r.passes for r in results)
-    per_forward = [r.tokens_per_forward for r in results]
-    spread = f" +- {statistics.stdev(per_forward):.2f}" if len(results) > 1 else ""
-    prompts = f" over {len(results)} prompts" if len(results) > 1 else ""
-    whole, decode = speeds(batches)
-    acceptance = [f"{share:.0%}" for share in acceptance_by_position(results)]
-    sizes = sorted(Counter(size for r in results for size in r.chunks).items())
-    finishes = sorted(Counter(r.finish for r in results).items())
-    return (f"{tokens} tokens in {passes} passes: {statistics.mean(per_forward):.2f}{spread} tokens per forward{prompts}\n"
-            f"{whole:.1f} tokens/s, prompt pass included"
-            + (f"; {decode:.1f} tokens/s decoding only\n" if passes > len(results) else "\n") +
-            "chunk sizes: " + ", ".join(f"{size} x {count}" for size, count in sizes) + "\n"
-            "finished by: " + ", ".join(f"{reason} x {count}" for reason, count in finishes)
-            + ("\nacceptance of draft 1, 2, ... (stood / fed): " + ", ".join(acceptance) if acceptance else ""))
+    answers = [answer for batch in batches for answer in batch]
+    tokens = sum(len(answer.tokens) for answer in answers)
+    passes = sum(answer.passes for answer in answers)
 
+    # --- tokens per forward: mean and standard deviation over prompts
+    rates = [answer.tokens_per_forward for answer in answers]
+    mean, several = f"{statistics.mean(rates):.2f}", ""
+    if len(answers) > 1:
+        mean += f" +- {statistics.stdev(rates):.2f}"
+        several = f" over {len(answers)} prompts"
+    lines = [f"{tokens} tokens in {passes} passes: {mean} tokens per forward{several}"]
+
+    # --- speed; where every answer took one pass, that of the prompt, there is no decoding
+    whole, decode = speeds(batches)
+    speed = f"{whole:.1f} tokens/s, prompt pass included"
+    if passes > len(answers):
+        speed += f"; {decode:.1f} tokens/s decoding only"
+    lines.append(speed)
+
+    # --- how often what happened
+    sizes = Counter(size for answer in answers for size in answer.chunks)
+    finishes = Counter(answer.finish for answer in answers)
+    for title, counts in (("chunk sizes", sizes), ("finished by", finishes)):
+        parts = [f"{value} x {count}" for value, count in sorted(counts.items())]
+        lines.append(f"{title}: " + ", ".join(parts))
+    shares = [f"{share:.0%}" for share in acceptance_by_position(answers)]
+    if shares:
+        lines.append("acceptance of draft 1, 2, ... (stood / fed): " + ", ".join(shares))
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# How far two decodings agree
 
 def shared_prefix(a, b):
     """Number of leading tokens that two lists have in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
 
 
 def shared_text(texts, reference):

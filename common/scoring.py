@@ -84,7 +84,7 @@ def standard_error(hits):
 
 
 def paired_interval(hits, reference):
-    """(mean of hits - reference, half width of its 95% interval), pairwise: 1.96 standard errors."""
+    """(mean of hits - reference, 1.96 of its standard errors: half a 95% interval), pairwise."""
     differences = [a - b for a, b in zip(hits, reference)]
     if len(differences) < 2:
         return statistics.fmean(differences), float("nan")

@@ -1,0 +1,35 @@
+"""
+Studies: what was measured, compared and drawn with nanoMTP. Nothing above this folder imports them.
+
+    python -m studies.NAME --help
+
+    ablate, clash               the paper's ablations in miniature; why ground truth as labels fails
+    answers                     training rows that the model wrote itself
+    confidence                  is the student right when it is sure?
+    bench, efficiency, plan     speed of decoding and of training; memory for training
+    figures, viewer             every picture of the project; a page to play with
+    lm_eval_adapter             our decoding inside EleutherAI's lm-eval
+    tiny                        how checkpoints/tiny and tiny-mtp were made
+"""
+import importlib.util
+from pathlib import Path
+
+from common.cli import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def needs(package):
+    """Raises InputError where a package of requirements-dev.txt is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{package} is not installed: pip install -r requirements-dev.txt")
+
+
+def output_file(path):
+    """The file for --out, a Path. InputError, before any work, where there can be none."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: no folder {path.parent}")
+    return path

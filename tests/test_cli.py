@@ -1,13 +1,17 @@
 """
-The command lines. Bad input is one line on stderr and exit code 2, before any work and with nothing written; good input
-says what it did, and what it says is checked against what was computed. Nearly all of it runs in this process.
+The command lines. Bad input is one line on stderr and exit code 2, before any work and with nothing
+written; good input says what it did, and what it says is checked against what was computed. Nearly
+all of it runs in this process.
 """
 import contextlib
+import functools
+import importlib
 import io
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,16 +23,62 @@ import torch
 from conftest import ROOT, TINY_VOCAB, log_rows, signals_kept
 from safetensors.torch import load_file
 
-import data
-import eval_gsm8k
-import pretrained
 import sample
+import speculate
 import train as training
-from extras import report
-from tokenizer import MASK_TOKEN, Tokenizer
+from common import data, report
+from common.cli import InputError, run
+from common.files import read_json, write_json
+from common.hub import resolve
+from common.tokenizer import MASK_TOKEN, Tokenizer
+from common.wordproblems import WordProblems
+from sample import Strategy
 
-SCRIPTS = {"train.py": training, "sample.py": sample, "eval_gsm8k.py": eval_gsm8k, "data.py": data,
-           "pretrained.py": pretrained}
+# --------------------------------------------------------------------------------------------------
+# All scripts and their flags
+
+MACHINE = "device dtype "
+STRATEGY = "k threshold "
+FLAGS = {
+    "train.py":
+        "preset model random-init no-random-init data limit prompt-format out resume no-resume "
+        "k fixed-k no-fixed-k curriculum stride targets slot1-weight prefix-loss bidirectional "
+        "no-bidirectional lr warmup cooldown beta2 weight-decay clip batch-size micro-batch-size "
+        "seq-len steps minutes eval-every eval-prompts max-new-tokens log-every save-every seed "
+        "fsdp no-fsdp compile no-compile " + MACHINE,
+    "sample.py":
+        "data limit prompt-format seed lossless no-lossless narrow no-narrow temperature top-k "
+        "top-p max-new-tokens stop ignore-stop no-ignore-stop batch-size compare no-compare model "
+        + STRATEGY + MACHINE,
+    "eval_gsm8k.py":
+        "data limit shots prompt-format stop seed lossless no-lossless narrow no-narrow "
+        "max-new-tokens batch-size model baseline out resume no-resume " + STRATEGY + MACHINE,
+    "-m common.data": "data limit seed",
+    "-m studies.ablate": "only model k steps seeds limit out resume no-resume " + MACHINE,
+    "-m studies.answers":
+        "data limit max-new-tokens prompt-format seed model out resume no-resume batch-size "
+        + MACHINE,
+    "-m studies.bench":
+        "batch-size prompt-tokens max-new-tokens rounds warmup model out threads " + MACHINE,
+    "-m studies.clash": "k steps limit seed model out resume no-resume " + MACHINE,
+    "-m studies.confidence":
+        "data limit threshold max-new-tokens batch-size seed model teacher out " + MACHINE,
+    "-m studies.efficiency":
+        "model data k batch-size micro-batch-size seq-len seed before compile no-compile steps "
+        "rounds out " + MACHINE,
+    "-m studies.figures": "out",
+    "-m studies.lm_eval_adapter":
+        "tasks include limit shots prompt-format seed max-new-tokens batch-size model out "
+        + STRATEGY + MACHINE,
+    "-m studies.plan": "prompt-tokens attention gpus fsdp no-fsdp memory measure out",
+    "-m studies.tiny": "out limit vocab-size trained",
+    "-m studies.viewer":
+        "prompt-format seed max-new-tokens model out json " + STRATEGY + MACHINE,
+}
+
+
+def module_of(script):
+    return importlib.import_module(script.removeprefix("-m ").removesuffix(".py"))
 
 
 class Terminal(io.StringIO):
@@ -39,41 +89,67 @@ class Terminal(io.StringIO):
 
 
 def cli(module, *argv, stream=io.StringIO):
-    """Run `python MODULE.py ARGV` in this process. A traceback is not caught: it fails the test."""
+    """Run a module as a script in this process. A traceback is not caught: it fails the test."""
     out, err, code = stream(), io.StringIO(), 0
-    quiet = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with pytest.MonkeyPatch.context() as patch, signals_kept(), quiet[0], quiet[1]:
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+        stack.enter_context(signals_kept())
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
         try:
-            pretrained.run(module.main)
+            run(module.main)
         except SystemExit as stopped:
             code = stopped.code or 0
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
 def assert_refused(result, message):
-    """Exit code 2 and one line that names the problem."""
+    """Exit code 2 and exactly one line, which names the problem."""
     assert result.code == 2, result
     assert re.fullmatch(r"error: [^\n]+\n", result.err), result.err
     assert message in result.err, result.err
     assert "Traceback" not in result.out
 
 
-def everything_under(folder):
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+def everything_under(*folders):
+    return {str(path): path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
 
 
-# --- checkpoints and files to work on
+def test_no_script_is_missing_here():
+    found = set()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("studies/*.py")]:
+        if "\ndef main():" in path.read_text(encoding="utf-8"):
+            package = path.parent.name
+            at_top = path.parent == ROOT
+            found.add(path.name if at_top else f"-m {package}.{path.stem}")
+    assert found == set(FLAGS)
 
-QUICK = ("--k", 3, "--batch-size", 2, "--seq-len", 64, "--eval-every", 0, "--eval-prompts", 2, "--lr", 2e-4,
-         "--prompt-format", "plain")
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_help_names_every_flag(script, monkeypatch):
+    """Both ways round: a flag that is new and in no test shows up here as well."""
+    result = cli(module_of(script), "--help")
+    assert result.code == 0 and result.err == ""
+    heads = re.findall(r"^  ((?:-h, )?--.*?)(?:  +.*)?$", result.out, re.MULTILINE)
+    found = {flag for head in heads for flag in re.findall(r"--([a-z0-9-]+)", head)}
+    assert found == {"help", *FLAGS[script].split()}
+    assert f"python {script}" in result.out                         # commands to copy
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad input
+
+QUICK = ("--k", 3, "--batch-size", 2, "--seq-len", 64, "--eval-every", 0, "--eval-prompts", 2,
+         "--lr", 2e-4, "--prompt-format", "plain")
 
 
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory):
     """A JSONL file of 14 short rows, on which a step takes milliseconds."""
     path = tmp_path_factory.mktemp("rows") / "sums.jsonl"
-    rows = [{"question": f"{a} + 3", "answer": f"{a} and 3 is {a + 3}.\n#### {a + 3}"} for a in range(14)]
+    rows = [{"question": f"{a} + 3", "answer": f"{a} and 3 is {a + 3}.\n#### {a + 3}"}
+            for a in range(14)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -82,16 +158,18 @@ def sums(tmp_path_factory):
 def trained(tiny, tmp_path_factory):
     """The --out of a two-step run with k_max = 3: read it, never write to it."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    result = cli(training, "--model", tiny, "--data", "wordproblems", "--k", 3, "--steps", 2, "--batch-size", 2,
-                 "--seq-len", 200, "--eval-prompts", 2, "--eval-tokens", 8, "--out", out)
+    result = cli(training, "--model", tiny, "--data", "wordproblems", "--k", 3, "--steps", 2,
+                 "--batch-size", 2, "--seq-len", 200, "--eval-prompts", 2, "--max-new-tokens", 8,
+                 "--out", out)
     assert result.code == 0, result
-    assert "supervised tokens" in result.out and f"the newest checkpoint is {out / 'step-2'}" in result.out
+    assert "supervised tokens" in result.out
+    assert f"the newest checkpoint is {out / 'step-2'}" in result.out
     return out
 
 
 @pytest.fixture
-def tmp(tmp_path, tiny):
-    """tmp_path with one of every bad file in it."""
+def tmp(tmp_path, tiny, monkeypatch):
+    """tmp_path with one of every bad file in it, as the current folder."""
     (tmp_path / "file").write_text("x\n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.txt").write_text("\n")
@@ -101,200 +179,280 @@ def tmp(tmp_path, tiny):
     (tmp_path / "broken.jsonl").write_text(good * 2 + '{"question": "a", "answer":\n' + good)
     (tmp_path / "fields.jsonl").write_text(good + '{"text": "a"}\n')
     (tmp_path / "few.jsonl").write_text("".join(good.replace("a", str(i), 1) for i in range(3)))
-    shutil.copytree(tiny, tmp_path / "base")                        # a model without a chat template
-    settings = pretrained.read_json(tiny / "tokenizer_config.json")
-    pretrained.write_json(tmp_path / "base" / "tokenizer_config.json", settings | {"chat_template": None})
+    (tmp_path / "long.jsonl").write_text(good + good.replace('"a"', '"' + "word " * 600 + '"', 1))
+    shutil.copytree(tiny, tmp_path / "base")                # a model without a chat template
+    settings = read_json(tiny / "tokenizer_config.json")
+    write_json(tmp_path / "base" / "tokenizer_config.json", settings | {"chat_template": None})
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def steps_kept(out):
-    return sorted(path.name for path in out.iterdir() if path.name != "log.jsonl")
+# Flags that make a script's case quick, or possible at all; those of the case come behind them
+BASE = {
+    "train.py": "--model {tiny} --steps 1 --batch-size 1 --out {tmp}/out",
+    "sample.py": "--model {trained}",
+    "eval_gsm8k.py": "--model {trained} --data {tmp}/few.jsonl --max-new-tokens 2 --out {tmp}/out",
+    "-m common.data": "",
+    "-m studies.ablate": "--out {tmp}/out",
+    "-m studies.answers": "--model {tiny} --data {tmp}/few.jsonl --out {tmp}/rows.jsonl",
+    "-m studies.bench": "--model {trained} --out {tmp}/out",
+    "-m studies.clash": "--out {tmp}/out",
+    "-m studies.confidence": "--model {trained} --teacher {tiny} --out {tmp}/out",
+    "-m studies.efficiency": "--out {tmp}/out",
+    "-m studies.figures": "--out {tmp}/out",
+    "-m studies.lm_eval_adapter": "--model {trained} --tasks nosuch",
+    "-m studies.plan": "--model {tiny}",
+    "-m studies.tiny": "--out {tmp}/out",
+    "-m studies.viewer": "--model {trained} --out {tmp}/page.html",
+}
 
+# Flags mean the same everywhere. (flag, value, what the line says), for each script that has it
+EVERYWHERE = [
+    ("device", "nosuch", "'nosuch'"),
+    ("dtype", "fp8", "fp8"),
+    ("model", "nosuch", "'nosuch'"),
+    ("model", "{tmp}/folder", "is no checkpoint"),
+    ("prompt-format", "jinja", "jinja"),
+    ("data", "{tmp}/nosuch.jsonl", "cannot read {tmp}/nosuch.jsonl"),
+    ("data", "{tmp}/broken.jsonl", "{tmp}/broken.jsonl:3: "),
+    ("seed", "x", "--seed"),
+    ("limit", "0", "--limit must be at least 1"),
+    ("limit", "{tmp}/few.jsonl", "--limit"),
+    ("k", "two", "--k"),
+    ("threshold", "high", "--threshold"),
+    ("batch-size", "0", "--batch-size must be at least 1"),
+    ("micro-batch-size", "0", "--micro-batch-size must be at least"),
+    ("max-new-tokens", "0", "--max-new-tokens must be at least"),
+    ("steps", "0", "--steps must be at least"),
+    ("steps", "1e3", "1e3"),
+    ("shots", "-1", "--shots must be at least 0"),
+    ("out", "{tmp}/file/run.jsonl", "cannot write"),
+]
 
-# --- help
+# The same settings as those of the fixture `trained`
+AGAIN = ("--model {tiny} --k 3 --steps 4 --batch-size 2 --seq-len 200 --eval-prompts 2 "
+         "--max-new-tokens 8 --out {trained} ")
 
-FLAGS = {
-    "train.py": "preset model random-init no-random-init data prompt-format out resume no-resume cache k fixed-k no-fixed-k "
-                "curriculum stride targets slot1-weight prefix-loss bidirectional no-bidirectional lr warmup cooldown "
-                "weight-decay clip batch-size micro-batch-size seq-len steps minutes overfit eval-every eval-prompts "
-                "eval-tokens log-every save-every seed fsdp no-fsdp compile no-compile device dtype",
-    "sample.py": "file limit prompt-format seed k threshold lossless no-lossless narrow no-narrow temperature top-k top-p "
-                 "max-new-tokens stop ignore-stop no-ignore-stop batch-size compare no-compare model cache compile "
-                 "no-compile device dtype",
-    "eval_gsm8k.py": "data limit shots prompt-format stop seed k threshold lossless no-lossless narrow no-narrow "
-                     "max-new-tokens batch-size model baseline out resume no-resume cache device dtype",
-    "data.py": "data limit seed",
-    "pretrained.py": "cache",
+REFUSED = {
+    "train.py": [
+        ("out", "out"),                                             # it takes no arguments
+        ("--preset nosuch", "nosuch"),
+        ("--k 1", "--k must be at least 2"),
+        ("--stride 0", "--stride must be at least 1"),
+        ("--warmup -1", "--warmup must be at least 0"),
+        ("--cooldown -1", "--cooldown must be at least 0"),
+        ("--curriculum -1", "--curriculum must be at least 0"),
+        ("--log-every 0", "--log-every must be at least 1"),
+        ("--save-every 0", "--save-every must be at least 1"),
+        ("--eval-every -1", "--eval-every must be at least 0"),
+        ("--eval-prompts 0", "--eval-prompts must be at least 1"),
+        ("--lr 0", "--lr"),
+        ("--lr nan", "--lr"),
+        ("--beta2 1", "--beta2"),
+        ("--clip -1", "--clip must be at least 0"),
+        ("--clip inf", "--clip must be a finite number"),
+        ("--weight-decay -1", "--weight-decay must be at least 0"),
+        ("--minutes 0", "--minutes"),
+        ("--prefix-loss -1", "--prefix-loss must be at least 0"),
+        ("--prefix-loss nan", "--prefix-loss must be at least 0"),
+        ("--slot1-weight -1", "--slot1-weight must be at least 0"),
+        ("--targets softly", "softly"),
+        ("--fsdp", "torchrun"),
+        ("--data nosuch", "no data 'nosuch'"),
+        ("--data {tmp}/fields.jsonl", "{tmp}/fields.jsonl:2: "),
+        ("--data {tmp}/few.jsonl --eval-prompts 3", "3 different questions cannot spare 3"),
+        ("--seq-len 12", "no prompt fits --seq-len 12"),
+        ("--seq-len 0", "--seq-len must be at least"),
+        ("--seq-len 600", "beyond the model's context of 512 tokens"),
+        ("--model {tmp}/file", "{tmp}/file"),
+        ("--model {tmp}/base --prompt-format chat", "no chat template"),
+        ("--out {tmp}/file", "cannot write to {tmp}/file"),
+        # an earlier run is neither written over nor mixed with one of other settings
+        (AGAIN, "already holds step-2"),
+        (AGAIN + "--no-resume", "already holds step-2"),
+        (AGAIN + "--resume --lr 2e-4", "--lr 0.001, not 0.0002"),
+        (AGAIN + "--resume --beta2 0.9", "--beta2 0.95, not 0.9"),
+        (AGAIN + "--resume --k 4", "--k 3, not 4"),
+        (AGAIN + "--resume --data gsm8k.jsonl", "gsm8k.jsonl"),
+        (AGAIN + "--resume --limit 9", "--limit None, not 9"),
+        (AGAIN + "--resume --eval-prompts 3", "--eval-prompts 2"),
+        (AGAIN + "--resume --targets soft", "--targets hard, not soft"),
+        (AGAIN + "--resume --fixed-k", "--fixed-k False"),
+        (AGAIN + "--resume --prompt-format plain", "--prompt-format chat, not plain"),
+    ],
+    "sample.py": [
+        ("--thresh 0.5", "--thresh"),                               # no abbreviations
+        ("--k 4", "1 to 3"),
+        ("--k 0", "--k 0"),
+        ("--model {tiny} --k 2", "--k 2"),
+        ("--model {tmp}/file", "{tmp}/file"),
+        ("--model nosuch/at-all", "nosuch/at-all"),
+        ("--model {tmp}/base --prompt-format chat", "no chat template"),
+        ("--data {tmp}/nosuch.txt", "cannot read {tmp}/nosuch.txt"),
+        ("--data {tmp}/folder", "cannot read {tmp}/folder"),
+        ("--data {tmp}/latin1.txt", "cannot read {tmp}/latin1.txt"),
+        ("--data {tmp}/empty.txt", "holds no questions"),
+        ("--data {tmp}/empty.jsonl", "holds no rows"),
+        ("--data {tmp}/long.jsonl", "does not fit the model's context of 512 tokens"),
+        ("--temperature 0.5", "--k 1"),
+        ("--temperature 0.5 --k 3", "--k 1"),
+        ("--temperature 0.5 --threshold 0.9", "--k 1"),
+        ("--temperature 0.5 --k 1 --lossless", "--lossless"),
+        ("--temperature -1 --k 1", "--temperature"),
+        ("--temperature nan --k 1", "--temperature"),
+        ("--top-p 0", "--top-p"),
+        ("--top-k -1", "--top-k"),
+        ("--narrow", "--lossless"),
+        ("--stop ''", "--stop must not be empty"),
+    ],
+    "eval_gsm8k.py": [
+        ("--k 2 4", "1 to 3"),
+        ("--k 0", "--k 0"),
+        ("--model {tiny} --k 2", "--k 2"),
+        ("--data nosuch", "no data 'nosuch'"),
+        ("--data {tmp}/few.jsonl --shots 3", "leaves no question"),
+        ("--data {tmp}/long.jsonl", "does not fit the model's context of 512 tokens"),
+        ("--baseline nosuch", "'nosuch'"),
+        ("--stop ''", "--stop must not be empty"),
+        ("--model {tmp}/base --prompt-format chat", "no chat template"),
+    ],
+    "-m common.data": [
+        ("gsm8k", "gsm8k"),                                         # it takes no arguments
+        ("--data nosuch", "no data 'nosuch'"),
+    ],
+    "-m studies.ablate": [
+        ("--k 2", "--k must be at least 3"),
+        ("--seeds 0", "--seeds must be at least 1"),
+        ("--only nosuch", "nosuch"),
+        ("--out {trained}", "add --resume"),
+    ],
+    "-m studies.answers": [
+        ("--out {tmp}/rows.txt", "end in .jsonl"),
+        ("--out {tmp}/few.jsonl", "add --resume"),
+        ("--out {tmp}/few.jsonl --resume --data {tmp}/long.jsonl", "other questions"),
+        ("--model {tmp}/base --prompt-format chat", "no chat template"),
+    ],
+    "-m studies.bench": [
+        ("--rounds 0", "--rounds must be at least 1"),
+        ("--batch-size 1 0", "--batch-size must be at least 1"),
+        ("--prompt-tokens 0", "--prompt-tokens must be at least 1"),
+        ("--prompt-tokens 500", "do not fit the model's context of 512"),
+        ("--warmup -1", "--warmup must be at least 0"),
+        ("--threads 0", "--threads must be at least 1"),
+    ],
+    "-m studies.clash": [
+        ("--k 1", "--k must be at least 2"),
+        ("--out {trained}", "add --resume"),
+    ],
+    "-m studies.confidence": [
+        ("--model {tiny}", "train it first"),
+        ("--threshold -1", "--threshold must be at least 0"),
+        ("--teacher nosuch", "'nosuch'"),
+    ],
+    "-m studies.efficiency": [
+        ("--before {tmp}/folder", "no checkout"),
+        ("--k 1", "--k must be at least 2"),
+    ],
+    "-m studies.figures": [],
+    "-m studies.lm_eval_adapter": [
+        ("", "nosuch"),                                             # no such task
+        ("--k 4", "1 to 3"),
+    ],
+    "-m studies.plan": [
+        ("--model nosuch", "no folder 'nosuch'"),
+        ("--model no/such", "no/such"),
+        ("--gpus 0", "--gpus"),
+        ("--memory 0", "--memory"),
+        ("--memory nan", "--memory"),
+        ("--fsdp", "several GPUs"),
+        ("--gpus 2 --measure", "--measure"),
+        ("--prompt-tokens 224", "--prompt-tokens"),
+        ("--prompt-tokens 0", "--prompt-tokens"),
+        ("--k 0", "--k"),
+        ("--seq-len 600", "context"),
+        ("--attention flash", "flash"),
+        ("--micro-batch-size 0", "--micro-batch-size"),
+        ("--out {tmp}", "{tmp}"),
+    ],
+    "-m studies.tiny": [
+        ("--vocab-size 100", "--vocab-size must be at least"),
+        ("--trained {tiny}", "not been trained"),
+        ("--trained nosuch", "'nosuch'"),
+    ],
+    "-m studies.viewer": [
+        ("--k 4", "1 to 3"),
+        ("--k 0", "--k 0"),
+        ("--threshold nan", "--threshold nan"),
+        ("--out {tmp}", "it is a folder"),
+        ("--json {tmp}/no/page.json", "no folder {tmp}/no"),
+        ("'{long}'", "does not fit the model's context of 512 tokens"),
+    ],
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_flag(script):
-    """Both ways round: a flag that is new and in no test shows up here as well."""
-    result = cli(SCRIPTS[script], "--help")
-    assert result.code == 0 and result.err == ""
-    heads = re.findall(r"^  ((?:-h, )?--.*?)(?:  +.*)?$", result.out, re.MULTILINE)     # options without their help
-    found = {flag for head in heads for flag in re.findall(r"--([a-z0-9-]+)", head)}
-    assert found == {"help", *FLAGS[script].split()}
-    assert f"python {script}" in result.out                         # commands to copy
+def cases():
+    for script, own in REFUSED.items():
+        known = set(FLAGS[script].split())
+        if script == "-m studies.efficiency":
+            known -= {"data"}                               # train.py will say what is wrong
+        common = [(f"--{flag} {value}", said) for flag, value, said in EVERYWHERE if flag in known]
+        for flags, message in [("--nosuch 1", "--nosuch"), *common, *own]:
+            yield pytest.param(script, flags, message, id=f"{script} {flags}")
 
 
-# --- bad input
-
-SAMPLE_BAD = {
-    "unknown flag": (["--nosuch"], "--nosuch"),
-    "abbreviated flag": (["--thresh", "0.5"], "--thresh"),
-    "k beyond k_max": (["--k", "4"], "1 to 3"),
-    "k of an untrained model": (["--model", "{tiny}", "--k", "2"], "--k 2"),
-    "k 0": (["--k", "0"], "--k 0"),
-    "k no number": (["--k", "two"], "two"),
-    "threshold no number": (["--threshold", "high"], "high"),
-    "batch size 0": (["--batch-size", "0"], "--batch-size must be at least 1"),
-    "max-new-tokens 0": (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-    "limit 0": (["--limit", "0"], "--limit must be at least 1"),
-    "no such model": (["--model", "nosuch"], "'nosuch'"),
-    "no such hub model": (["--model", "nosuch/at-all"], "nosuch/at-all"),
-    "model is a file": (["--model", "{tmp}/file"], "{tmp}/file"),
-    "model is an empty folder": (["--model", "{tmp}/folder"], "is no checkpoint"),
-    "no such device": (["--device", "nosuch"], "'nosuch'"),
-    "no such dtype": (["--dtype", "fp8"], "fp8"),
-    "no such prompt format": (["--prompt-format", "jinja"], "jinja"),
-    "chat without a template": (["--model", "{tmp}/base", "--prompt-format", "chat"], "no chat template"),
-    "no such file": (["--file", "{tmp}/nosuch.txt"], "cannot read {tmp}/nosuch.txt"),
-    "no such JSONL file": (["--file", "{tmp}/nosuch.jsonl"], "cannot read {tmp}/nosuch.jsonl"),
-    "file is a folder": (["--file", "{tmp}/folder"], "cannot read {tmp}/folder"),
-    "file without a prompt": (["--file", "{tmp}/empty.txt"], "holds no prompts"),
-    "empty JSONL file": (["--file", "{tmp}/empty.jsonl"], "holds no rows"),
-    "malformed JSONL file": (["--file", "{tmp}/broken.jsonl"], "{tmp}/broken.jsonl:3: "),
-    "file not UTF-8": (["--file", "{tmp}/latin1.txt"], "cannot read {tmp}/latin1.txt"),
-    "prompt beyond the context": (["word " * 600], "does not fit the model's context of 512 tokens"),
-}
+@pytest.mark.parametrize("script, flags, message", list(cases()))
+def test_refused(script, flags, message, tiny, trained, tmp):
+    names = {"tiny": tiny, "trained": trained, "tmp": tmp, "long": "word " * 600}
+    argv = [word.format(**names) for word in shlex.split(f"{BASE[script]} {flags}")]
+    before = everything_under(tmp, trained)
+    assert_refused(cli(module_of(script), *argv), message.format(**names))
+    assert everything_under(tmp, trained) == before
 
 
-@pytest.mark.parametrize("case", SAMPLE_BAD)
-def test_sample_refuses(case, tiny, trained, tmp):
-    flags, message = SAMPLE_BAD[case]
-    names = dict(tiny=tiny, tmp=tmp)
-    assert_refused(cli(sample, "--model", trained, *(flag.format(**names) for flag in flags)), message.format(**names))
+def test_exit_codes(capsys, monkeypatch):
+    def fail(error):
+        raise error
+
+    two_lines = InputError("two\n  lines")
+    for error, code, said in ((two_lines, 2, "error: two lines\n"), (KeyboardInterrupt(), 130, "")):
+        with pytest.raises(SystemExit) as caught:
+            run(functools.partial(fail, error))
+        assert caught.value.code == code and capsys.readouterr().err == said
+    monkeypatch.setenv("RANK", "1")                         # of several processes one says it
+    monkeypatch.setattr("common.cli.time.sleep", lambda seconds: None)
+    with pytest.raises(SystemExit):
+        run(functools.partial(fail, two_lines))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ZeroDivisionError):                  # a bug keeps its traceback
+        run(lambda: 1 / 0)
+    assert run(lambda: None) is None
 
 
-TRAIN_BAD = {
-    "unknown flag": (["--nosuch", "1"], "--nosuch"),
-    "positional argument": (["out"], "out"),
-    "k 1": (["--k", "1"], "--k must be at least 2"),
-    "stride 0": (["--stride", "0"], "--stride must be at least 1"),
-    "batch size 0": (["--batch-size", "0"], "--batch-size must be at least 1"),
-    "micro batch size 0": (["--micro-batch-size", "0"], "--micro-batch-size must be at least 1"),
-    "steps 0": (["--steps", "0"], "--steps must be at least 1"),
-    "steps no number": (["--steps", "1e3"], "1e3"),
-    "warm-up -1": (["--warmup", "-1"], "--warmup must be at least 0"),
-    "cool-down -1": (["--cooldown", "-1"], "--cooldown must be at least 0"),
-    "curriculum -1": (["--curriculum", "-1"], "--curriculum must be at least 0"),
-    "overfit -1": (["--overfit", "-1"], "--overfit must be at least 0"),
-    "log every 0": (["--log-every", "0"], "--log-every must be at least 1"),
-    "save every 0": (["--save-every", "0"], "--save-every must be at least 1"),
-    "eval every -1": (["--eval-every", "-1"], "--eval-every must be at least 0"),
-    "eval prompts 0": (["--eval-prompts", "0"], "--eval-prompts must be at least 1"),
-    "eval tokens 0": (["--eval-tokens", "0"], "--eval-tokens must be at least 1"),
-    "lr 0": (["--lr", "0"], "--lr"),
-    "lr not a number": (["--lr", "nan"], "--lr"),
-    "clip 0": (["--clip", "0"], "--clip"),
-    "minutes 0": (["--minutes", "0"], "--minutes"),
-    "seed no number": (["--seed", "x"], "--seed"),
-    "prefix loss -1": (["--prefix-loss", "-1"], "--prefix-loss must be at least 0"),
-    "prefix loss not a number": (["--prefix-loss", "nan"], "--prefix-loss must be at least 0"),
-    "slot 1 weight -1": (["--slot1-weight", "-1"], "--slot1-weight must be at least 0"),
-    "no such targets": (["--targets", "softly"], "softly"),
-    "fsdp without torchrun": (["--fsdp"], "torchrun"),
-    "no such data": (["--data", "nosuch"], "no data 'nosuch'"),
-    "no such JSONL file": (["--data", "{tmp}/nosuch.jsonl"], "cannot read {tmp}/nosuch.jsonl"),
-    "JSON cut off": (["--data", "{tmp}/broken.jsonl"], "{tmp}/broken.jsonl:3: "),
-    "JSONL without the fields": (["--data", "{tmp}/fields.jsonl"], "{tmp}/fields.jsonl:2: "),
-    "too few rows": (["--data", "{tmp}/few.jsonl", "--eval-prompts", "3"], "3 different questions cannot spare 3"),
-    "sequence too short": (["--seq-len", "12"], "no prompt fits --seq-len 12"),
-    "sequence of nothing": (["--seq-len", "0"], "--seq-len must be at least"),
-    "no such model": (["--model", "nosuch"], "'nosuch'"),
-    "model is a file": (["--model", "{tmp}/file"], "{tmp}/file"),
-    "model is an empty folder": (["--model", "{tmp}/folder"], "is no checkpoint"),
-    "no such device": (["--device", "nosuch"], "'nosuch'"),
-    "no such dtype": (["--dtype", "fp16"], "fp16"),
-    "chat without a template": (["--model", "{tmp}/base", "--prompt-format", "chat"], "no chat template"),
-    "out is a file": (["--out", "{tmp}/file"], "cannot write to {tmp}/file"),
-    "out under a file": (["--out", "{tmp}/file/run/out"], "cannot write to {tmp}/file/run/out"),
-}
-
-
-@pytest.mark.parametrize("case", TRAIN_BAD)
-def test_train_refuses_and_writes_nothing(case, tiny, tmp):
-    flags, message = TRAIN_BAD[case]
-    before = everything_under(tmp)
-    result = cli(training, "--model", tiny, "--steps", 1, "--batch-size", 1, "--out", tmp / "out",
-                 *(flag.format(tmp=tmp) for flag in flags))
-    assert_refused(result, message.format(tmp=tmp))
-    assert everything_under(tmp) == before
-
-
-@pytest.mark.parametrize("flags, message", [
-    ([], "already holds step-2"), (["--no-resume"], "already holds step-2"),
-    (["--resume", "--lr", "2e-4"], "--lr 0.001, not 0.0002"), (["--resume", "--k", "4"], "--k 3, not 4"),
-    (["--resume", "--data", "gsm8k.jsonl"], "gsm8k.jsonl"), (["--resume", "--eval-prompts", "3"], "--eval-prompts 2"),
-    (["--resume", "--targets", "soft"], "--targets hard, not soft"), (["--resume", "--fixed-k"], "--fixed-k False"),
-    (["--resume", "--prompt-format", "plain"], "--prompt-format chat, not plain")])
-def test_train_spares_an_earlier_run(flags, message, tiny, trained):
-    """Neither written over nor mixed with a run of other settings."""
-    before = everything_under(trained)
-    result = cli(training, "--model", tiny, "--k", 3, "--steps", 4, "--batch-size", 2, "--seq-len", 200,
-                 "--eval-prompts", 2, "--out", trained, *flags)
-    assert_refused(result, message)
-    assert everything_under(trained) == before
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["nosuch"], "'nosuch'"), ([], "model"), (["a/b/c"], "'a/b/c'"), (["{tmp}/folder"], "is no checkpoint"),
-    (["{tmp}/file"], "{tmp}/file"), (["{tmp}", "{tmp}"], "unrecognized"), (["--nosuch", "x"], "--nosuch")])
-def test_pretrained_refuses(argv, message, tmp):
-    assert_refused(cli(pretrained, *(word.format(tmp=tmp) for word in argv)), message.format(tmp=tmp))
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--data", "nosuch"], "'nosuch'"), (["--data", "{tmp}/broken.jsonl"], "{tmp}/broken.jsonl:3: "),
-    (["--data", "{tmp}/nosuch.jsonl"], "cannot read"), (["gsm8k"], "unrecognized"), (["--limit", "x"], "--limit")])
-def test_data_refuses(argv, message, tmp):
-    assert_refused(cli(data, *(word.format(tmp=tmp) for word in argv)), message.format(tmp=tmp))
-
-
-# --- data.py and pretrained.py at work
+# --------------------------------------------------------------------------------------------------
+# common.data and sample.py at work
 
 def test_data_prints_rows(sums):
     result = cli(data, "--seed", 5, "--limit", 2)
     assert result.code == 0
     for i in range(3):
-        row = data.WordProblems(5)[i]
+        row = WordProblems(5)[i]
         assert (f"{row['question']}\n\n{row['answer']}\n" in result.out) == (i < 2)
-    assert cli(data, "--data", sums, "--limit", 99).out.count("####") == 13        # all but the one held out
+    whole = cli(data, "--data", sums, "--limit", 99).out
+    assert whole.count("####") == 13                        # all but the one held out
 
-
-def test_pretrained_prints_the_folder(tiny, trained, tmp_path):
-    assert cli(pretrained, tiny).out == f"{tiny}\n"
-    assert cli(pretrained, trained).out == f"{trained / 'step-2'}\n"                # of a run: its newest checkpoint
-    (tmp_path / "smollm2-135m").symlink_to(tiny)                                    # as if it had been fetched before
-    assert cli(pretrained, "smollm2-135m", "--cache", tmp_path).out == f"{tmp_path / 'smollm2-135m'}\n"
-
-
-# --- sample.py at work
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Every call of `generate` by sample.py: model, prompts, k, threshold, limit and the Generations."""
-    calls, generate = [], sample.generate
+    """What sample.py decodes: model, prompts, strategy, limits and Answers of every batch."""
+    calls, decode = [], speculate.decode
 
-    def spy(model, prompts, k, threshold, mask_id, stop_ids, max_new_tokens, *rest, **more):
-        results = generate(model, prompts, k, threshold, mask_id, stop_ids, max_new_tokens, *rest, **more)
-        calls.append(SimpleNamespace(model=model, prompts=prompts, k=k, threshold=threshold, limit=max_new_tokens,
-                                     results=results))
+    def spy(model, tokenizer, prompts, strategy, **ending):
+        results = decode(model, tokenizer, prompts, strategy, **ending)
+        calls.append(SimpleNamespace(model=model, prompts=prompts, strategy=strategy,
+                                     ending=ending, results=results))
         return results
 
-    monkeypatch.setattr(sample, "generate", spy)
+    monkeypatch.setattr(speculate, "decode", spy)
     return calls
 
 
@@ -304,197 +462,206 @@ def plain(text):
 
 
 def assert_report(out, results, tokenizer):
-    """The part of sample.py's output that belongs to one strategy agrees with the Generations it is about."""
-    at = 0
+    """What sample.py printed of one strategy agrees with the Answers that it is about."""
+    end = 0
     for result in results:
         assert sum(result.chunks) == len(result.tokens)
-        answer = re.compile("".join(rf"\[{size}\|(.*?)\]" for size in result.chunks) + "\n", re.DOTALL)
-        printed = answer.search(out, at)
-        assert printed and plain("".join(printed.groups())) == plain(tokenizer.decode(result.tokens))
-        at = printed.end()
-    sizes, finishes = Counter(size for r in results for size in r.chunks), Counter(r.finish for r in results)
-    tokens, passes = (int(number) for number in re.search(r"^(\d+) tokens in (\d+) passes", out, re.MULTILINE).groups())
-    assert tokens == sum(len(r.tokens) for r in results) and passes == sum(sizes.values())
-    sizes_line, = re.findall(r"^chunk sizes: (.*)$", out, re.MULTILINE)
-    assert {int(size): int(n) for size, n in re.findall(r"(\d+) x (\d+)", sizes_line)} == sizes
-    assert sum(size * n for size, n in sizes.items()) == tokens
-    finish_line, = re.findall(r"^finished by: (.*)$", out, re.MULTILINE)
-    assert dict(pair.split(" x ") for pair in finish_line.split(", ")) == {f: str(n) for f, n in finishes.items()}
+        chunks = "".join(rf"\[{size}\|(.*?)\]" for size in result.chunks) + "\n"
+        printed = re.compile(chunks, re.DOTALL).search(out, end)
+        assert printed
+        assert plain("".join(printed.groups())) == plain(tokenizer.decode(result.tokens))
+        end = printed.end()
+    sizes = Counter(size for r in results for size in r.chunks)
+    finishes = Counter(r.finish for r in results)
+    said = re.search(r"^(\d+) tokens in (\d+) passes", out, re.MULTILINE)
+    assert int(said[1]) == sum(len(r.tokens) for r in results)
+    assert int(said[2]) == sum(sizes.values())
+    line, = re.findall(r"^chunk sizes: (.*)$", out, re.MULTILINE)
+    assert line == ", ".join(f"{size} x {sizes[size]}" for size in sorted(sizes))
+    line, = re.findall(r"^finished by: (.*)$", out, re.MULTILINE)
+    assert line == ", ".join(f"{finish} x {finishes[finish]}" for finish in sorted(finishes))
     assert "tokens/s" in out
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ([], (3, 0.9)), (["--k", "3"], (3, None)), (["--k", "1"], (1, None)), (["--threshold", "0.5"], (3, 0.5)),
-    (["--k", "2", "--threshold", "0"], (2, 0.0))])
+    ("", Strategy(3, 0.9)),
+    ("--k 3", Strategy(3)),
+    ("--k 1", Strategy(1)),
+    ("--threshold 0.5", Strategy(3, 0.5)),
+    ("--k 2 --threshold 0", Strategy(2, 0.0)),
+])
 def test_sample_reports_what_it_did(flags, expected, trained, decoded):
-    result = cli(sample, "How many cows?", "--model", trained, "--max-new-tokens", 17, *flags)
+    result = cli(sample, "How many cows?", "--model", trained, "--max-new-tokens", 17,
+                 *flags.split())
     assert result.code == 0 and result.err == "" and "How many cows?" in result.out
     call, = decoded
-    assert (call.k, call.threshold, call.limit) == (*expected, 17)
+    assert call.strategy == expected and call.ending["max_new_tokens"] == 17
+    assert f"=== {expected.name}\n" in result.out
     assert_report(result.out, call.results, Tokenizer(trained / "latest"))
     answer, = call.results
-    assert len(answer.tokens) <= 17 and (answer.finish == "length") == (len(answer.tokens) == 17)
-    if expected[1] in (None, 0.0) and answer.finish == "length":    # everything kept: full chunks, the last one cut
-        assert answer.chunks == [expected[0]] * (17 // expected[0]) + [17 % expected[0]] * (17 % expected[0] > 0)
-    assert "\x1b" not in result.out                                 # not a terminal: no colours
+    assert len(answer.tokens) <= 17
+    assert (answer.finish == "length") == (len(answer.tokens) == 17)
+    if not expected.threshold and answer.finish == "length":    # full chunks, the last one cut
+        whole, rest = divmod(17, expected.k)
+        assert answer.chunks == [expected.k] * whole + [rest] * (rest > 0)
+    assert "\x1b" not in result.out                             # not a terminal: no colours
 
 
 def test_sample_without_training_emits_one_a_pass(tiny, decoded):
     result = cli(sample, "x", "--model", tiny, "--max-new-tokens", 5, "--threshold", 0)
     assert result.code == 0 and "has not been trained" in result.out
-    assert decoded[0].k == 1 and set(decoded[0].results[0].chunks) == {1}
+    assert decoded[0].strategy.k == 1 and set(decoded[0].results[0].chunks) == {1}
 
 
 def test_sample_compare(trained, decoded):
     """--compare decodes once more with k = 1; what it says about the two is recounted here."""
-    result = cli(sample, "one", "two", "--model", trained, "--max-new-tokens", 12, "--k", 3, "--compare")
+    common = ("--model", trained, "--max-new-tokens", 12, "--compare")
+    result = cli(sample, "one", "two", *common, "--k", 3)
     ours, ones = decoded
-    assert (ours.k, ones.k, ones.threshold) == (3, 1, None) and ours.prompts == ones.prompts
+    assert ours.strategy == Strategy(3) and ones.strategy == Strategy(1)
+    assert ours.prompts == ones.prompts
     _, first, second = result.out.split("\n=== ")
     assert_report(first, ours.results, Tokenizer(trained / "latest"))
     assert_report(second, ones.results, Tokenizer(trained / "latest"))
-    same = sum(a.tokens == b.tokens for a, b in zip(ours.results, ones.results))
-    shared = sum(len(os.path.commonprefix([a.tokens, b.tokens])) for a, b in zip(ours.results, ones.results))
-    share = shared / sum(len(b.tokens) for b in ones.results)
-    assert f"{same} of 2 answers identical" in second and f"{share:.0%} of k = 1's tokens" in " ".join(second.split())
-    assert 0 < share < 1                                            # else the numbers above could be constants
-    itself = cli(sample, "one", "--model", trained, "--max-new-tokens", 12, "--k", 1, "--compare").out
+    pairs = [(a.tokens, b.tokens) for a, b in zip(ours.results, ones.results)]
+    share = sum(len(os.path.commonprefix(pair)) for pair in pairs) / sum(len(b) for _, b in pairs)
+    assert f"{sum(a == b for a, b in pairs)} of 2 answers identical" in second
+    assert f"{share:.0%} of k = 1's tokens" in second
+    assert 0 < share < 1                                        # else they could be constants
+    itself = cli(sample, "one", *common, "--k", 1).out
     assert "1 of 1 answers identical" in itself and "100%" in itself
 
 
-def test_sample_several_prompts_files_and_batches(trained, tmp_path, decoded):
-    (tmp_path / "more.txt").write_text("third\n\n  \nvierte für dich\n", encoding="utf-8")
-    (tmp_path / "rows.jsonl").write_text('{"question": "fifth", "answer": "a"}\n{"prompt": "sixth", "response": "b"}\n')
+def test_sample_several_questions(trained, tmp_path, decoded):
+    """Typed ones and those of --data, a text file or JSONL; in batches, in order, up to --limit."""
+    text, rows = tmp_path / "more.txt", tmp_path / "rows.jsonl"
+    text.write_text("third\n\n  \nvierte für dich\n", encoding="utf-8")
+    rows.write_text('{"question": "fifth", "answer": "a"}\n'
+                    '{"prompt": "sixth", "response": "b"}\n')
     common = ("--model", trained, "--max-new-tokens", 4, "--k", 2)
-    result = cli(sample, "first", "second", "--file", tmp_path / "more.txt", "--batch-size", 3, *common)
+    result = cli(sample, "first", "second", "--data", text, "--batch-size", 3, *common)
     assert [len(call.prompts) for call in decoded] == [3, 1]
-    places = [result.out.index(f"\n{question}\n") for question in ("first", "second", "third", "vierte für dich")]
+    questions = ("first", "second", "third", "vierte für dich")
+    places = [result.out.index(f"\n{question}\n") for question in questions]
     assert places == sorted(places)
-    assert_report(result.out, [r for call in decoded for r in call.results], Tokenizer(trained / "latest"))
+    answers = [answer for call in decoded for answer in call.results]
+    assert_report(result.out, answers, Tokenizer(trained / "latest"))
     assert "over 4 prompts" in result.out
     decoded.clear()
-    result = cli(sample, "--file", tmp_path / "rows.jsonl", *common)
-    assert "\nfifth\n" in result.out and "\nsixth\n" in result.out and len(decoded[0].prompts) == 2
-    decoded.clear()
-    result = cli(sample, "first", "--file", tmp_path / "rows.jsonl", "--limit", 2, *common)
-    assert len(decoded[0].prompts) == 2 and "\nfifth\n" in result.out and "sixth" not in result.out
+    result = cli(sample, "first", "--data", rows, "--limit", 2, *common)
+    assert len(decoded[0].prompts) == 2
+    assert "\nfirst\n" in result.out and "\nfifth\n" in result.out and "sixth" not in result.out
 
 
 def test_sample_stops(trained, tmp_path, decoded):
-    """Stop tokens and stop strings end an answer where it says so; --ignore-stop does not look at stop tokens."""
+    """Stop tokens and stop strings end an answer; --ignore-stop does not look at stop tokens."""
     folder = shutil.copytree(trained / "latest", tmp_path / "model")
     common = ("How many?", "--model", folder, "--max-new-tokens", 24, "--k", 2)
     cli(sample, *common)
     free = decoded.pop().results[0]
     assert free.finish == "length"
     # a token in the middle becomes a stop token
-    at = next(i for i in range(2, 24) if free.tokens[i] not in free.tokens[:i])
-    generation = pretrained.read_json(folder / "generation_config.json")
-    pretrained.write_json(folder / "generation_config.json", generation | {"eos_token_id": [2, free.tokens[at]]})
-    for flags in ([], ["--no-ignore-stop"], ["--ignore-stop", "--no-ignore-stop"]):
+    middle = next(i for i in range(2, 24) if free.tokens[i] not in free.tokens[:i])
+    generation = read_json(folder / "generation_config.json")
+    write_json(folder / "generation_config.json",
+               generation | {"eos_token_id": [2, free.tokens[middle]]})
+    for flags in ([], ["--ignore-stop", "--no-ignore-stop"]):
         assert "finished by: stop x 1\n" in cli(sample, *common, *flags).out
-        assert decoded.pop().results[0].tokens == free.tokens[:at + 1]
+        assert decoded.pop().results[0].tokens == free.tokens[:middle + 1]
     assert "finished by: length x 1\n" in cli(sample, *common, "--ignore-stop").out
     assert decoded.pop().results[0].tokens == free.tokens
     # the characters of one token and half of the next become a stop string
     tokenizer = Tokenizer(folder)
     texts = [tokenizer.decode([token]) for token in free.tokens]
     legible = [text.isprintable() and "\ufffd" not in text and text != "" for text in texts]
-    at = next(i for i in range(3, 22) if legible[i] and legible[i + 1])
-    stop = texts[at] + texts[at + 1][:1]
+    first = next(i for i in range(3, 22) if legible[i] and legible[i + 1])
+    stop = texts[first] + texts[first + 1][:1]
     until = next(n for n in range(1, 25) if stop in tokenizer.decode(free.tokens[:n]))
     result = cli(sample, *common, "--ignore-stop", "--stop", stop)
-    assert decoded.pop().results[0].tokens == free.tokens[:until] and "finished by: stop string x 1\n" in result.out
+    assert decoded.pop().results[0].tokens == free.tokens[:until]
+    assert "finished by: stop string x 1\n" in result.out
 
 
-def test_sample_lossless(trained, decoded):
-    """The text of --k 1, in either form; --compare says so, and the acceptance is printed with what it means."""
-    common = ("What is 3 + 4?", "--model", trained, "--max-new-tokens", 12, "--ignore-stop")
-    plain = (cli(sample, *common, "--k", 1), decoded.pop())[1].results[0].tokens
-    for flags in (["--lossless"], ["--lossless", "--narrow"], ["--lossless", "--k", 2], ["--lossless", "--threshold", 0.2]):
-        result = cli(sample, *common, *flags, "--compare")
-        assert result.code == 0 and "1 of 1 answers identical to k = 1" in result.out
-        assert decoded.pop().k == 1 and decoded.pop().results[0].tokens == plain
-        assert "=== lossless" in result.out and ("(stood / fed): " in result.out or "0.2" in result.out)
-    assert ("=== lossless 3 narrow" in cli(sample, *common, "--lossless", "--narrow").out)
-    assert_refused(cli(sample, *common, "--lossless", "--temperature", 0.5), "--lossless")
-    assert_refused(cli(sample, *common, "--narrow"), "--lossless")
-    assert_refused(cli(sample, *common, "--temperature", -1), "--temperature")
-    assert_refused(cli(sample, *common, "--top-p", 0), "--top-p")
-    assert_refused(cli(sample, *common, "--top-k", -1), "--top-k")
+@pytest.mark.parametrize("flags, expected", [
+    ("", Strategy(3, None, "wide")),
+    ("--narrow", Strategy(3, None, "narrow")),
+    ("--k 2", Strategy(2, None, "wide")),
+    ("--threshold 0.2", Strategy(3, 0.2, "wide")),
+])
+def test_sample_lossless(flags, expected, trained, decoded):
+    """The text of --k 1, in every form; --compare says so, and acceptance is printed."""
+    result = cli(sample, "What is 3 + 4?", "--model", trained, "--max-new-tokens", 12,
+                 "--ignore-stop", "--compare", "--lossless", *flags.split())
+    ours, ones = decoded
+    assert result.code == 0 and "1 of 1 answers identical to k = 1" in result.out
+    assert ours.strategy == expected and ones.strategy == Strategy(1)
+    assert ours.results[0].tokens == ones.results[0].tokens
+    assert f"=== {expected.name}\n" in result.out
+    fed = any(fed for fed, _ in ours.results[0].drafts)
+    assert ("(stood / fed): " in result.out) == fed and (fed or expected.threshold)
 
 
 def test_sample_temperature(trained, decoded):
     """Seeded; the share and number of candidates reach the draw."""
-    common = ("What is 3 + 4?", "--model", trained, "--max-new-tokens", 20, "--ignore-stop", "--k", 1)
+    common = ("What is 3 + 4?", "--model", trained, "--max-new-tokens", 20, "--ignore-stop",
+              "--k", 1)
 
     def tokens(*flags):
         assert cli(sample, *common, *flags).code == 0
         return decoded.pop().results[0].tokens
 
     hot = tokens("--temperature", 2, "--seed", 1)
-    assert hot == tokens("--temperature", 2, "--seed", 1) != tokens("--temperature", 2, "--seed", 2)
+    assert hot == tokens("--temperature", 2, "--seed", 1)
+    assert hot != tokens("--temperature", 2, "--seed", 2)
     greedy = tokens()
-    assert hot != greedy == tokens("--temperature", 2, "--top-k", 1) == tokens("--temperature", 2, "--top-p", 1e-6)
-
-
-def test_sample_compile(trained, decoded, monkeypatch):
-    """The model is compiled once, for passes of one shape; the text stays (here with nothing compiled, to save time)."""
-    compiled = []
-    monkeypatch.setattr(sample.Transformer, "compile", lambda model, **settings: compiled.append(settings))
-    common = ("What is 3 + 4?", "--model", trained, "--max-new-tokens", 12, "--ignore-stop", "--k", 3)
-    texts = []
-    for flags in (["--no-compile"], ["--compile"]):
-        assert cli(sample, *common, *flags).code == 0
-        texts.append(decoded.pop().results[0].tokens)
-    assert texts[0] == texts[1] and compiled == [{"dynamic": False}]
-
-
-def test_sample_without_a_prompt_asks_a_word_problem(trained, decoded):
-    for seed in (0, 4):
-        result = cli(sample, "--model", trained, "--max-new-tokens", 2, "--seed", seed)
-        assert f"\n{data.WordProblems(seed, split='validation')[0]['question']}\n" in result.out
-    assert decoded[0].prompts != decoded[1].prompts
+    assert hot != greedy == tokens("--temperature", 2, "--top-k", 1)
+    assert greedy == tokens("--temperature", 2, "--top-p", 1e-6)
 
 
 def test_sample_prompt_format_dtype_and_device(tiny, trained, tmp, decoded):
-    """The format is the one of the training; a model without a template gets plain text; a flag overrules both."""
+    """The format is the training's; without a template it is plain; a flag overrules both."""
     common = ("x", "--max-new-tokens", 2, "--device", "cpu")
-    shutil.copytree(trained / "latest", tmp / "plain")              # it has a template, but was not trained with it
-    config = pretrained.read_json(tmp / "plain" / "config.json")
+    plainly = tmp / "plain"             # it has a template, but was not trained with it
+    shutil.copytree(trained / "latest", plainly)
+    config = read_json(plainly / "config.json")
     config["nanomtp"]["prompt_format"] = "plain"
-    pretrained.write_json(tmp / "plain" / "config.json", config)
-    for folder, flags, style in ((trained, [], "chat"), (tmp / "base", [], "plain"), (tiny, [], "chat"),
-                                 (tmp / "plain", [], "plain"), (tmp / "plain", ["--prompt-format", "chat"], "chat"),
-                                 (trained, ["--prompt-format", "plain"], "plain")):
+    write_json(plainly / "config.json", config)
+    for folder, flag, style in [(trained, None, "chat"), (tmp / "base", None, "plain"),
+                                (tiny, None, "chat"), (plainly, None, "plain"),
+                                (plainly, "chat", "chat"), (trained, "plain", "plain")]:
+        flags = ["--prompt-format", flag] if flag else []
         assert cli(sample, *common, "--model", folder, *flags).code == 0
-        assert decoded.pop().prompts == [Tokenizer(pretrained.resolve(folder)).prompt("x", style)]
+        assert decoded.pop().prompts == [Tokenizer(resolve(folder)).prompt("x", style)]
     for dtype, expected in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         assert cli(sample, *common, "--model", trained, "--dtype", dtype).code == 0
         model = decoded.pop().model
         assert model.output_matrix.dtype == expected and model.device.type == "cpu"
 
 
-def test_sample_default_model(tiny, trained, tmp_path, monkeypatch, decoded):
-    """out/latest of the current folder if there is one, else the tiny model of this repository."""
+@pytest.mark.parametrize("script, flags", [
+    ("sample.py", ["x"]),
+    ("eval_gsm8k.py", ["--data", "{sums}", "--limit", 1, "--k", 1]),
+    ("-m studies.viewer", ["x"]),
+])
+def test_default_model(script, flags, trained, sums, tmp_path, monkeypatch):
+    """out/latest of the current folder if there is one, else tiny-mtp of this repository."""
+    module, names = module_of(script), []
+    load = module.load
+    monkeypatch.setattr(module, "load", lambda name, *rest: names.append(name) or load(name, *rest))
     monkeypatch.chdir(tmp_path)
-    assert sample.default_model() == "tiny"
-    assert "has not been trained" in cli(sample, "x", "--max-new-tokens", 1).out
-    assert decoded.pop().model.config.hidden_size == 192
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "smollm2-135m").symlink_to(tiny)          # as if it had been fetched before
-    for flags in (["--cache", tmp_path / "cache"], []):             # the second time by the environment variable
-        assert cli(sample, "x", "--max-new-tokens", 1, "--model", "smollm2-135m", *flags).code == 0
-        assert decoded.pop().model.config.vocab_size == TINY_VOCAB  # this cache, and not one that is really there
-        monkeypatch.setenv("NANOMTP_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "out").mkdir()                                      # a run that has saved nothing yet
-    assert sample.default_model() == "tiny"
+    flags = [str(flag).format(sums=sums) for flag in flags] + ["--max-new-tokens", 1]
+    assert cli(module, *flags).code == 0
+    (tmp_path / "out").mkdir()                                      # nothing is saved there yet
+    again = ["--resume"] if script == "eval_gsm8k.py" else []
+    assert cli(module, *flags, *again).code == 0
     (tmp_path / "out" / "latest").symlink_to((trained / "latest").resolve())
-    assert sample.default_model() == "out/latest"
-    assert "has not been trained" not in cli(sample, "x", "--max-new-tokens", 1).out and decoded.pop().k == 3
+    again = ["--out", "another"] if script == "eval_gsm8k.py" else []
+    assert cli(module, *flags, *again).code == 0
+    assert names == ["tiny-mtp", "tiny-mtp", "out/latest"]
 
 
-# --- printing
+# --------------------------------------------------------------------------------------------------
+# Printing
 
 @pytest.fixture
 def terminal(monkeypatch):
@@ -505,48 +672,53 @@ def terminal(monkeypatch):
 PAINT = r"\x1b\[48;5;(\d+);38;5;16m"
 
 
-def test_chunks_are_coloured_on_a_terminal(tiny, terminal):
-    tokenizer = Tokenizer(tiny)
-    printer = report.ChunkPrinter(tokenizer, terminal)
-    chunks = [tokenizer.encode(text) for text in ("in the", "over\n1", " the")]
+def print_chunks(chunks, tokenizer, stream):
+    printer = report.ChunkPrinter(tokenizer, stream)
     for chunk in chunks:
         printer(chunk)
-    written = terminal.getvalue()
+    return stream.getvalue()
+
+
+def test_chunks_are_coloured_on_a_terminal(tiny, terminal):
+    tokenizer = Tokenizer(tiny)
+    chunks = [tokenizer.encode(text) for text in ("in the", "over\n1", " the")]
+    written = print_chunks(chunks, tokenizer, terminal)
     assert re.sub(r"\x1b\[[\d;]*m", "", written) == "in the²over\n1⁵ the¹"
-    colours = re.findall(PAINT, written)
-    assert colours[1] == colours[2] and len({colours[0], colours[1], colours[3]}) == 3  # repainted behind \\n
-    assert "\x1b[0m\n" in written and written.endswith("\x1b[0m")   # no colour to the right margin, none left on
+    first, second, same, third = re.findall(PAINT, written)
+    assert second == same and len({first, second, third}) == 3      # repainted behind the newline
+    assert "\x1b[0m\n" in written and written.endswith("\x1b[0m")   # no colour to the right margin
 
 
 @pytest.mark.parametrize("stream, no_color, coloured", [
-    (Terminal, None, True), (Terminal, "", True), (Terminal, "1", False), (io.StringIO, None, False)])
+    (Terminal, None, True), (Terminal, "", True), (Terminal, "1", False),
+    (io.StringIO, None, False)])
 def test_when_chunks_are_coloured(tiny, monkeypatch, stream, no_color, coloured):
     monkeypatch.delenv("NO_COLOR", raising=False)
     if no_color is not None:
         monkeypatch.setenv("NO_COLOR", no_color)
-    target, tokenizer = stream(), Tokenizer(tiny)
-    report.ChunkPrinter(tokenizer, target)(tokenizer.encode(" the"))
-    assert ("\x1b" in target.getvalue()) == coloured and (target.getvalue() == "[1| the]") == (not coloured)
+    tokenizer = Tokenizer(tiny)
+    written = print_chunks([tokenizer.encode(" the")], tokenizer, stream())
+    assert ("\x1b" in written) == coloured and (written == "[1| the]") == (not coloured)
 
 
 def test_terminal_run_is_coloured(trained, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
-    result = cli(sample, "x", "--model", trained, "--max-new-tokens", 7, "--k", 3, "--ignore-stop", stream=Terminal)
-    assert len(set(re.findall(PAINT, result.out))) == 3 and "[3|" not in result.out    # 3 + 3 + 1 tokens
+    result = cli(sample, "x", "--model", trained, "--max-new-tokens", 7, "--k", 3, "--ignore-stop",
+                 stream=Terminal)
+    assert len(set(re.findall(PAINT, result.out))) == 3 and "[3|" not in result.out     # 3, 3 and 1
 
 
 def test_no_escape_character_of_the_model_reaches_the_terminal(tiny, terminal):
-    """A model that writes `ESC ]0;...` or `ESC [2J` must not retitle or clear somebody's terminal."""
+    """A model that writes `ESC ]0;...` or `ESC [2J` must not retitle or clear a terminal."""
     tokenizer = Tokenizer(tiny)
     tokens = tokenizer.encode("a\x1b[2Jb\x1b]0;owned\x07c")
-    assert "\x1b" in tokenizer.decode(tokens)                       # so it is the printer that must remove it
+    assert "\x1b" in tokenizer.decode(tokens)                       # the printer must remove it
+    pairs = [tokens[first:first + 2] for first in range(0, len(tokens), 2)]
     for stream in (terminal, io.StringIO()):
-        printer = report.ChunkPrinter(tokenizer, stream)
-        for at in range(0, len(tokens), 2):
-            printer(tokens[at:at + 2])
-        ours_removed = re.sub(PAINT + r"|\x1b\[0m", "", stream.getvalue())
-        assert "\x1b" not in ours_removed
-        assert re.sub(r"\[\d\||\]|[¹²]", "", ours_removed).replace("[", "").startswith("a?2Jb?")
+        written = print_chunks(pairs, tokenizer, stream)
+        text = re.sub(PAINT + r"|\x1b\[0m", "", written)            # without our own commands
+        assert "\x1b" not in text
+        assert re.sub(r"\[\d\||\]|[¹²]", "", text).replace("[", "").startswith("a?2Jb?")
 
 
 def test_character_over_two_chunks_is_printed_once_and_whole(tiny, terminal):
@@ -554,99 +726,114 @@ def test_character_over_two_chunks_is_printed_once_and_whole(tiny, terminal):
     for text in ("é", "€", "🦉"):
         first, *rest = tokenizer.encode(text)                       # one token per byte
         assert len(rest) == len(text.encode()) - 1
-        stream = io.StringIO()
-        printer = report.ChunkPrinter(tokenizer, stream)
-        printer([first])
-        printer(rest)
-        assert stream.getvalue() == f"[1|][{len(rest)}|{text}]"
-    printer = report.ChunkPrinter(tokenizer, terminal)
-    printer([first])
-    printer(rest)
-    assert terminal.getvalue().count("🦉") == 1 and "\ufffd" not in terminal.getvalue()
+        written = print_chunks([[first], rest], tokenizer, io.StringIO())
+        assert written == f"[1|][{len(rest)}|{text}]"
+    written = print_chunks([[first], rest], tokenizer, terminal)
+    assert written.count("🦉") == 1 and "\ufffd" not in written
 
 
-# --- train.py at work
+# --------------------------------------------------------------------------------------------------
+# train.py at work
+
+def steps_kept(out):
+    return sorted(path.name for path in out.iterdir() if path.name != "log.jsonl")
+
+
+def train_on(sums, tiny, out, *flags):
+    """A run of train.py on the short rows, one row in the log for each step."""
+    result = cli(training, "--model", tiny, "--data", sums, *QUICK, "--out", out, *flags)
+    assert result.code == 0, result
+    return result
+
 
 def test_train_leaves_a_checkpoint_and_a_log(tiny, trained):
-    assert steps_kept(trained) == ["latest", "step-2"] and (trained / "latest").resolve() == trained / "step-2"
-    config = pretrained.read_json(trained / "latest" / "config.json")
-    assert config["nanomtp"].items() >= {"mask_token_id": TINY_VOCAB, "k_max": 3, "prompt_format": "chat",
-                                         "steps": 2}.items()
+    assert steps_kept(trained) == ["latest", "step-2"]
+    assert (trained / "latest").resolve() == trained / "step-2"
+    config = read_json(trained / "latest" / "config.json")
+    assert config["nanomtp"] == {
+        "mask_token_id": TINY_VOCAB, "k_max": 3, "bidirectional": False, "prompt_format": "chat",
+        "data": "wordproblems", "steps": 2}
     assert Tokenizer(trained / "latest").control[MASK_TOKEN] == TINY_VOCAB
     start, = log_rows(trained, "start")
-    flags = {flag.replace("-", "_") for flag in FLAGS["train.py"].split() if not flag.startswith("no-")}
-    assert flags <= set(start) and start["k"] == 3 and start["seq_len"] == 200 and start["prompt_format"] == "chat"
-    assert start["device"].startswith(("cpu", "cuda", "mps")) and start["dtype"] in ("fp32", "bf16")    # not "auto"
+    flags = {flag.replace("-", "_") for flag in FLAGS["train.py"].split() if flag[:3] != "no-"}
+    assert flags <= set(start)
+    assert start["k"] == 3 and start["seq_len"] == 200 and start["prompt_format"] == "chat"
+    assert start["device"].startswith(("cpu", "cuda", "mps"))
+    assert start["dtype"] in ("fp32", "bf16")                       # not "auto"
     first, = log_rows(trained, "eval")
-    assert first["step"] == 0 and first["prompts"] == 2 and re.match(r"\[[123]\|", first["sample"])
-    assert log_rows(trained, "train")[-1]["step"] == 2
+    assert first["step"] == 0 and first["prompts"] == 2
+    assert re.match(r"\[[123]\|", first["sample"])
+    assert [row["step"] for row in log_rows(trained, "train")] == [1, 2]
     end, = log_rows(trained, "end")
     assert end["step"] == 2 and end["interrupted"] is False
     state = torch.load(trained / "latest" / "trainer.pt", weights_only=True)
-    assert state["step"] == 2 and state["args"]["model"] == str(tiny) and state["args"]["lr"] == 1e-3
+    assert state["step"] == 2 and state["args"]["model"] == str(tiny)
 
 
-def test_train_schedule(tiny, sums, tmp_path):
-    """--lr, --warmup, --cooldown and --steps, by the learning rates in the log."""
+def test_train_schedule_logs_evaluations_and_checkpoints(tiny, sums, tmp_path):
+    """--lr, --warmup, --cooldown, --steps and all that happens every so many of them."""
     out = tmp_path / "out"
-    result = cli(training, "--model", tiny, "--data", sums, *QUICK, "--lr", 0.004, "--warmup", 4, "--cooldown", 2,
-                 "--steps", 6, "--log-every", 1, "--out", out)
-    assert result.code == 0
-    assert [row["lr"] for row in log_rows(out, "train")] == pytest.approx([0.001, 0.002, 0.003, 0.004, 0.004, 0.002])
-    assert "Traceback" not in result.err
-
-
-def test_train_log_eval_and_save_every(tiny, sums, tmp_path):
-    out = tmp_path / "out"
-    result = cli(training, "--model", tiny, "--data", sums, *QUICK, "--steps", 4, "--log-every", 2, "--eval-every", 2,
-                 "--save-every", 1, "--eval-prompts", 3, "--eval-tokens", 5, "--out", out)
-    assert result.code == 0
-    assert [row["step"] for row in log_rows(out, "train")] == [2, 4]
+    result = train_on(
+        sums, tiny, out, "--lr", 0.004, "--warmup", 4, "--cooldown", 2, "--steps", 6,
+        "--log-every", 2, "--eval-every", 3, "--save-every", 1, "--eval-prompts", 3,
+        "--max-new-tokens", 5)
+    rows = log_rows(out, "train")
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert [row["lr"] for row in rows] == pytest.approx([0.002, 0.004, 0.002])
     evals = log_rows(out, "eval")
-    assert [row["step"] for row in evals] == [0, 2, 4] and {row["prompts"] for row in evals} == {3}
+    assert [row["step"] for row in evals] == [0, 3, 6]
     for row in evals:
-        assert 1 <= row["tokens_per_forward"] <= 3 and 0 <= row["agreement_with_k1"] <= 1
-        assert 0 <= row["accuracy"] <= 1 and 0 <= row["accuracy_k1"] <= 1
-        assert re.search(rf"step {row['step']}: .* {row['tokens_per_forward']:.2f} tokens per forward", result.out)
-        assert sum(int(size) for size in re.findall(r"\[(\d)\|", row["sample"])) == 5     # --eval-tokens
-    assert steps_kept(out) == ["latest", "step-3", "step-4"]        # the last two, of four
-    assert (out / "latest").resolve().name == "step-4"
+        rate = row["tokens_per_forward"]
+        assert row["prompts"] == 3 and 1 <= rate <= 3
+        assert all(0 <= row[key] <= 1 for key in ("accuracy", "accuracy_k1", "agreement_with_k1"))
+        assert re.search(rf"step {row['step']}: .* {rate:.2f} tokens per forward", result.out)
+        assert sum(map(int, re.findall(r"\[(\d)\|", row["sample"]))) == 5       # its limit
+    assert steps_kept(out) == ["latest", "step-5", "step-6"]        # the last two, of six
+    assert (out / "latest").resolve().name == "step-6"
 
 
 def test_train_resume_goes_on(tiny, sums, tmp_path):
-    """Without a run to resume it starts one; with one it goes on, under new limits, and appends to the log."""
-    out, common = tmp_path / "out", ("--model", tiny, "--data", sums, *QUICK, "--log-every", 1, "--resume")
-    first = cli(training, *common, "--out", out, "--steps", 2)
-    assert first.code == 0 and "nothing to resume" in first.out
-    again = cli(training, *common, "--out", out, "--steps", 3, "--save-every", 7, "--micro-batch-size", 1)
-    assert again.code == 0 and "nothing to resume" not in again.out
+    """It starts a run where there is none; else it goes on, under new limits, in the same log."""
+    out = tmp_path / "out"
+    first = train_on(sums, tiny, out, "--resume", "--steps", 2)
+    assert "nothing to resume" in first.out
+    again = train_on(sums, tiny, out, "--resume", "--steps", 3, "--save-every", 7,
+                     "--micro-batch-size", 1)
+    assert "nothing to resume" not in again.out
     assert [row["step"] for row in log_rows(out, "train")] == [1, 2, 3]
-    assert [row["step"] for row in log_rows(out, "start") + log_rows(out, "resume")] == [0, 2]
-    assert steps_kept(out) == ["latest", "step-2", "step-3"] and (out / "latest").resolve().name == "step-3"
-    before = {path: stamp for path, stamp in everything_under(out).items() if "step-" in path}
-    done = cli(training, *common, "--out", out, "--steps", 3)       # nothing left to do
-    assert done.code == 0 and {path: s for path, s in everything_under(out).items() if "step-" in path} == before
+    begun = log_rows(out, "start") + log_rows(out, "resume")
+    assert [row["step"] for row in begun] == [0, 2]
+    assert steps_kept(out) == ["latest", "step-2", "step-3"]
+    assert (out / "latest").resolve().name == "step-3"
+    before = everything_under(out / "step-2", out / "step-3")
+    train_on(sums, tiny, out, "--resume", "--steps", 3)             # nothing left to do
+    assert everything_under(out / "step-2", out / "step-3") == before
 
 
-def test_train_weight_decay_is_for_matrices(tiny, sums, tmp_path):
-    """One step with and without: AdamW shrinks a decayed weight w by lr * decay * w, and the rest is the same step."""
+def test_train_weight_decay_and_beta2(tiny, sums, tmp_path):
+    """AdamW shrinks a decayed matrix w by lr * decay * w; --beta2 matters from the second step."""
     weights = {}
-    for decay in (0, 10):
-        out = tmp_path / str(decay)
-        assert cli(training, "--model", tiny, "--data", sums, *QUICK, "--steps", 1, "--warmup", 0, "--lr", 1e-3,
-                   "--weight-decay", decay, "--out", out).code == 0
-        weights[decay] = load_file(out / "latest" / "model.safetensors")
-    start, moved = load_file(tiny / "model.safetensors"), 0
+    for name, flags in {"none": ["--weight-decay", 0], "much": ["--weight-decay", 10],
+                        "short memory": ["--weight-decay", 0, "--beta2", 0.5]}.items():
+        out = tmp_path / name
+        train_on(sums, tiny, out, "--steps", 2, "--save-every", 1, "--warmup", 0, "--cooldown", 0,
+                 "--lr", 1e-3, *flags)
+        weights[name] = [load_file(out / step / "model.safetensors") for step in
+                         ("step-1", "step-2")]
+    start = load_file(tiny / "model.safetensors")
     for name, was in start.items():
-        shrunk = (weights[0][name] - weights[10][name])[:len(was)]  # the embedding has got one more row
-        expected = 1e-3 * 10 * was if was.dim() > 1 else torch.zeros_like(was)
-        torch.testing.assert_close(shrunk, expected, atol=1e-6, rtol=0)
-        moved += not torch.equal(weights[0][name][:len(was)], was)
-    assert moved == len(start)
+        none, much = (weights[run][0][name][:len(was)] for run in ("none", "much"))
+        shrunk = 1e-3 * 10 * was if was.dim() > 1 else torch.zeros_like(was)
+        torch.testing.assert_close(none - much, shrunk, atol=1e-6, rtol=0)
+        assert not torch.equal(none, was)
+    none, memory = weights["none"], weights["short memory"]
+    name = "model.layers.0.mlp.up_proj.weight"
+    differences = [(a[name] - b[name]).abs().max() for a, b in zip(none, memory)]
+    assert differences[0] < 1e-6 and differences[1] > 1e-5
 
 
 def test_train_clip(tiny, sums, tmp_path, monkeypatch):
-    """The log says the norm before clipping; after it no gradient is longer than --clip."""
+    """The log says the norm before clipping; after it none is longer than --clip, 0: any."""
     clip, seen = torch.nn.utils.clip_grad_norm_, []
 
     def spy(parameters, max_norm):
@@ -657,95 +844,120 @@ def test_train_clip(tiny, sums, tmp_path, monkeypatch):
         return norm
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    for limit in ("0.25", "1e6"):
+    for limit in ("0.25", "0"):
         seen.clear()
-        out = tmp_path / limit
-        assert cli(training, "--model", tiny, "--data", sums, *QUICK, "--steps", 2, "--log-every", 1, "--clip", limit,
-                   "--out", out).code == 0
-        assert [row["gradient_norm"] for row in log_rows(out, "train")] == [norm for norm, _ in seen]
-        assert all(norm > 0.25 and after == pytest.approx(min(norm, float(limit)), rel=1e-3) for norm, after in seen)
+        train_on(sums, tiny, tmp_path / limit, "--steps", 2, "--clip", limit)
+        logged = [row["gradient_norm"] for row in log_rows(tmp_path / limit, "train")]
+        assert logged == [norm for norm, _ in seen]
+        for norm, after in seen:
+            assert norm > 0.25
+            assert after == pytest.approx(0.25 if limit == "0.25" else norm, rel=1e-3)
 
 
 def test_train_batches(tiny, tmp_path, monkeypatch):
-    """--batch-size sequences a step in passes of --micro-batch-size, none longer than --seq-len."""
+    """--batch-size sequences a step, each computed once, in passes of --micro-batch-size, none
+    longer than --seq-len."""
     make, passes = training.make_batch, []
-    monkeypatch.setattr(training, "make_batch", lambda encoded, *rest: passes.append(encoded) or make(encoded, *rest))
+
+    def spy(encoded, *rest, **more):
+        passes.append([len(ids) for _, ids in encoded])
+        return make(encoded, *rest, **more)
+
+    monkeypatch.setattr(training, "make_batch", spy)
     rows = [{"question": "q" * n, "answer": "answer " * n} for n in range(1, 16)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = cli(training, "--model", tiny, "--data", tmp_path / "rows.jsonl", *QUICK, "--steps", 2, "--batch-size", 5,
-                 "--micro-batch-size", 2, "--seq-len", 40, "--out", tmp_path / "out")
-    assert result.code == 0 and re.search(r"of the first 13 rows 0 are left out .* and \d+ answers are cut", result.out)
-    assert [len(encoded) for encoded in passes] == [2, 2, 1] * 3    # the timing pass and two steps
-    lengths = [len(text) for encoded in passes for _, text in encoded]
-    assert max(lengths) == 40 and min(lengths) < 40                 # some were cut, some are short enough
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = train_on(path, tiny, tmp_path / "out", "--steps", 2, "--batch-size", 5,
+                      "--micro-batch-size", 2, "--seq-len", 40)
+    assert re.search(r"of the first 13 rows 0 are left out .* and \d+ answers are cut", result.out)
+    assert [len(lengths) for lengths in passes] == [2, 2, 1] * 2
+    lengths = [length for own in passes for length in own]
+    assert max(lengths) == 40 and min(lengths) < 40         # some were cut, some are short enough
 
 
 def test_train_stride_k_and_curriculum(tiny, sums, tmp_path):
-    """Denser anchors give more supervised slots; --curriculum begins with k = 2 whatever --k says; --fixed-k is always k."""
+    """Denser anchors give more slots; a curriculum begins with k = 2; --fixed-k is always k_max."""
     logs = {}
-    for name, flags in {"dense": ["--stride", 1], "sparse": ["--stride", 5], "wide": ["--k", 8],
-                        "grown": ["--k", 8, "--curriculum", 1000], "fixed": ["--k", 8, "--fixed-k"]}.items():
-        assert cli(training, "--model", tiny, "--data", sums, *QUICK, *flags, "--steps", 5, "--log-every", 1,
-                   "--out", tmp_path / name).code == 0
+    for name, flags in {"dense": ["--stride", 1, "--k", 8], "sparse": ["--stride", 5, "--k", 8],
+                        "grown": ["--k", 8, "--curriculum", 1000],
+                        "fixed": ["--k", 8, "--fixed-k"]}.items():
+        train_on(sums, tiny, tmp_path / name, "--steps", 4, *flags)
         logs[name] = log_rows(tmp_path / name, "train")
-    for dense, sparse in zip(logs["dense"], logs["sparse"]):        # the layout's draw differs with the stride, k too
+    for dense, sparse in zip(logs["dense"], logs["sparse"]):
         assert dense["slots"] / dense["k"] > 3 * sparse["slots"] / sparse["k"]
-    assert max(row["k"] for row in logs["wide"]) > 4 and {row["k"] for row in logs["grown"]} == {2}
+    assert max(row["k"] for row in logs["dense"]) > 4
+    assert {row["k"] for row in logs["grown"]} == {2}
     assert {row["k"] for row in logs["fixed"]} == {8}
-    for row in logs["dense"] + logs["wide"]:
+    for row in logs["dense"] + logs["sparse"]:
         assert 2 <= row["k"] <= 8 and row["slots"] % row["k"] == 0
-        assert len(row["agreement"]) == len(row["confidence"]) >= row["k"]
-    assert pretrained.read_json(tmp_path / "grown" / "latest" / "config.json")["nanomtp"]["k_max"] == 8
+        assert len(row["agreement"]) == len(row["confidence"]) == row["k"]
+    grown = read_json(tmp_path / "grown" / "latest" / "config.json")
+    assert grown["nanomtp"]["k_max"] == 8
 
 
 def test_train_bidirectional(tiny, sums, tmp_path, decoded, monkeypatch):
-    """Trained, evaluated, recorded and, without a word from the user, decoded so; soft targets and prefix loss on top."""
-    masks, decoding, generate = [], [], training.generate
-    make = training.make_batch
-    monkeypatch.setattr(training, "make_batch", lambda *args: masks.append(make(*args)) or masks[-1])
-    monkeypatch.setattr(training, "generate", lambda *args, **more: decoding.append(more) or generate(*args, **more))
+    """Trained, evaluated and, without a word from the user, decoded so; with soft targets and
+    prefix loss on top."""
+    make, batches = training.make_batch, []
+    mask_for_pass, ways = sample.mask_for_pass, []
+
+    def spy_on_batches(*args, **more):
+        batches.append(make(*args, **more))
+        return batches[-1]
+
+    def spy_on_passes(positions, n_pending, k, S, bidirectional):
+        ways.append(bidirectional)
+        return mask_for_pass(positions, n_pending, k, S, bidirectional)
+
+    monkeypatch.setattr(training, "make_batch", spy_on_batches)
+    monkeypatch.setattr(sample, "mask_for_pass", spy_on_passes)
     out = tmp_path / "out"
-    assert cli(training, "--model", tiny, "--data", sums, *QUICK, "--steps", 1, "--eval-every", 1, "--eval-tokens", 3,
-               "--fixed-k", "--bidirectional", "--targets", "soft", "--prefix-loss", 1, "--out", out).code == 0
-    assert all(not torch.equal(batch.mask, batch.teacher_mask) and len(batch.next_token) for batch in masks)
-    assert len(decoding) == 4 and all(more["bidirectional"] is True for more in decoding)
-    assert pretrained.read_json(out / "latest" / "config.json")["nanomtp"]["bidirectional"] is True
-    assert cli(sample, "x", "--model", out, "--max-new-tokens", 12, "--k", 3, "--ignore-stop").code == 0
+    train_on(sums, tiny, out, "--steps", 1, "--eval-every", 1, "--max-new-tokens", 3, "--fixed-k",
+             "--bidirectional", "--targets", "soft", "--prefix-loss", 1)
+    for batch in batches:
+        assert not torch.equal(batch.mask, batch.teacher_mask) and len(batch.next_token)
+    assert ways and all(ways)
+    assert read_json(out / "latest" / "config.json")["nanomtp"]["bidirectional"] is True
+    ways.clear()
+    assert cli(sample, "x", "--model", out, "--max-new-tokens", 12, "--k", 3,
+               "--ignore-stop").code == 0
+    assert ways and all(ways)
     call, = decoded
-    ours, = call.results
-    both, causal = (generate(call.model, call.prompts, 3, None, TINY_VOCAB, (), 12, bidirectional=way)[0]
-                    for way in (True, False))
-    assert (ours.tokens, ours.confidences) == (both.tokens, both.confidences) and ours.confidences != causal.confidences
+    call.model.config.raw["nanomtp"]["bidirectional"] = False
+    tokenizer = Tokenizer(out / "latest")
+    tokenizer.stop_ids = set()
+    causal, = sample.generate(call.model, tokenizer, call.prompts, 3, max_new_tokens=12)
+    assert call.results[0].confidences != causal.confidences
 
 
-def test_train_overfit(tiny, sums, tmp_path, monkeypatch):
-    """--overfit N: N rows, over and over, in an order that follows --seed, and it is those that are evaluated."""
-    draw, drawn, seeds = training.draw_rows, [], set()
+def test_train_limit(tiny, sums, tmp_path, monkeypatch):
+    """--limit N: the first N rows alone, over and over; what is held out is no part of them."""
+    draw, drawn = training.draw_rows, []
 
-    def spy(rows, batch_size, step, seed):
-        seeds.add(seed)
-        drawn.extend(chosen := draw(rows, batch_size, step, seed))
+    def spy(rows, *rest):
+        chosen = draw(rows, *rest)
+        drawn.extend(row["question"] for row in chosen)
         return chosen
 
     monkeypatch.setattr(training, "draw_rows", spy)
-    assert cli(training, "--model", tiny, "--data", sums, *QUICK, "--overfit", 3, "--steps", 4, "--eval-every", 4,
-               "--eval-tokens", 2, "--seed", 4, "--out", tmp_path / "out").code == 0
-    assert len(drawn) == 10 and len({row["question"] for row in drawn}) == 3 and seeds == {4}
-    assert {row["prompts"] for row in log_rows(tmp_path / "out", "eval")} == {3}
+    train_on(sums, tiny, tmp_path / "out", "--limit", 3, "--steps", 4, "--seed", 4)
+    first, _ = data.load_data(str(sums), 2, seed=4)
+    assert len(drawn) == 8 and set(drawn) == {row["question"] for row in first[:3]}
+    train_on(sums, tiny, tmp_path / "all", "--limit", 99, "--steps", 1)     # as many as there are
 
 
 def test_train_minutes_stops_early_and_saves(tiny, sums, tmp_path):
     out = tmp_path / "out"
-    result = cli(training, "--model", tiny, "--data", sums, *QUICK, "--steps", 100_000, "--minutes", 0.01,
-                 "--warmup", 0, "--cooldown", 50_000, "--log-every", 1, "--out", out)
+    train_on(sums, tiny, out, "--steps", 100_000, "--minutes", 0.01, "--warmup", 0,
+             "--cooldown", 50_000)
     end, = log_rows(out, "end")
-    assert result.code == 0 and 1 <= end["step"] < 100_000 and end["interrupted"] is False
-    assert 0.01 <= end["minutes"] and (out / "latest").resolve().name == f"step-{end['step']}"
-    assert {row["lr"] for row in log_rows(out, "train")} == {2e-4}    # the cool-down begins at step 50,000
+    assert 1 <= end["step"] < 100_000 and end["interrupted"] is False and end["minutes"] >= 0.01
+    assert (out / "latest").resolve().name == f"step-{end['step']}"
+    assert {row["lr"] for row in log_rows(out, "train")} == {2e-4}      # not cooling down yet
 
 
-def test_train_seed_dtype_device_and_formats(tiny, tmp_path, monkeypatch):
-    """One seed is one run; another seed or format is another one; bf16 is nearly the same run, saved as fp32."""
+def test_train_seed_dtype_and_format(tiny, tmp_path, monkeypatch):
+    """One seed is one run, another seed or format another; bf16 is nearly it, saved as fp32."""
     attention, dtypes = torch.nn.functional.scaled_dot_product_attention, set()
 
     def spy(*args, **more):
@@ -754,25 +966,28 @@ def test_train_seed_dtype_device_and_formats(tiny, tmp_path, monkeypatch):
         return values
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    common = ("--data", "wordproblems", "--k", 3, "--batch-size", 2, "--seq-len", 200, "--eval-every", 0, "--steps", 2,
-              "--log-every", 1, "--device", "cpu")
-    losses = {}
-    for name, flags in {"a": ["--dtype", "fp32"], "b": ["--dtype", "fp32"], "seed": ["--dtype", "fp32", "--seed", 1],
-                        "bf16": ["--dtype", "bf16"], "plain": ["--dtype", "fp32", "--prompt-format", "plain"]}.items():
+    losses, notes = {}, {}
+    for name, flags in {"a": [], "b": [], "seed": ["--seed", 1], "bf16": ["--dtype", "bf16"],
+                        "plain": ["--prompt-format", "plain"]}.items():
         dtypes.clear()
-        assert cli(training, "--model", tiny, *common, *flags, "--out", tmp_path / name).code == 0
-        assert dtypes == {torch.bfloat16 if name == "bf16" else torch.float32}          # of the student and the teacher
+        result = cli(training, "--model", tiny, "--data", "wordproblems", "--k", 3, "--steps", 2,
+                     "--batch-size", 2, "--seq-len", 200, "--eval-every", 0, "--device", "cpu",
+                     "--dtype", "fp32", *flags, "--out", tmp_path / name)
+        assert result.code == 0
+        # of the student and the teacher
+        assert dtypes == {torch.bfloat16 if name == "bf16" else torch.float32}
         losses[name] = [row["loss"] for row in log_rows(tmp_path / name, "train")]
-    assert losses["a"] == losses["b"] and losses["a"] != losses["seed"] and losses["a"] != losses["plain"]
-    assert losses["a"] != losses["bf16"] and losses["a"] == pytest.approx(losses["bf16"], rel=0.1)
+        notes[name] = read_json(tmp_path / name / "latest" / "config.json")
+    assert losses["a"] == losses["b"]
+    assert all(losses["a"] != losses[name] for name in ("seed", "bf16", "plain"))
+    assert losses["a"] == pytest.approx(losses["bf16"], rel=0.1)
     start, = log_rows(tmp_path / "bf16", "start")
     assert start["dtype"] == "bf16" and start["device"].startswith("cpu")
     weights = load_file(tmp_path / "bf16" / "latest" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert pretrained.read_json(tmp_path / "bf16" / "latest" / "config.json")["dtype"] == "float32"
-    formats = {name: pretrained.read_json(tmp_path / name / "latest" / "config.json")["nanomtp"]["prompt_format"]
-               for name in ("a", "plain")}
-    assert formats == {"a": "chat", "plain": "plain"}
+    assert notes["bf16"]["dtype"] == "float32"
+    assert notes["a"]["nanomtp"]["prompt_format"] == "chat"
+    assert notes["plain"]["nanomtp"]["prompt_format"] == "plain"
 
 
 def test_train_default_model(sums, tmp_path, monkeypatch):
@@ -781,7 +996,7 @@ def test_train_default_model(sums, tmp_path, monkeypatch):
     assert cli(training, "--data", sums, *QUICK, "--steps", 1).code == 0
     start, = log_rows(tmp_path / "out", "start")
     assert start["model"] == "tiny" and 1.5e6 < start["parameters"] < 2.5e6
-    assert steps_kept(tmp_path / "out") == ["latest", "step-1"] and sample.default_model() == "out/latest"
+    assert steps_kept(tmp_path / "out") == ["latest", "step-1"]
     assert "[2|" in cli(sample, "1 + 1", "--k", 2, "--max-new-tokens", 2).out
 
 
@@ -794,54 +1009,42 @@ def test_train_presets(monkeypatch):
     assert settings() == settings("--preset", "tiny")
     for name, changes in training.PRESETS.items():
         assert settings("--preset", name) == settings() | changes | {"preset": name}
-    assert settings("--preset", "paper")["lr"] == 1e-5 and settings("--preset", "paper", "--lr", 1e-4)["lr"] == 1e-4
-    assert settings("--lr", 3e-4, "--preset", "pretrain-tiny", "--no-random-init")["lr"] == 3e-4
-    assert settings("--preset", "pretrain-tiny", "--no-random-init")["random_init"] is False
+    paper = settings("--preset", "paper")       # AdamW as PyTorch has it, and no clipping
+    assert (paper["beta2"], paper["weight_decay"], paper["clip"]) == (0.999, 0.01, 0)
+    assert paper["lr"] == 1e-5 and settings("--preset", "paper", "--lr", 1e-4)["lr"] == 1e-4
+    mixed = settings("--lr", 3e-4, "--preset", "pretrain-tiny", "--no-random-init")
+    assert mixed["lr"] == 3e-4 and mixed["random_init"] is False
 
 
 def test_train_from_a_trained_checkpoint(trained, sums, tmp_path):
     """--model may be a run of train.py: its mask token is kept, no second one is added."""
-    assert cli(training, "--model", trained, "--data", sums, *QUICK, "--steps", 1, "--out", tmp_path / "out").code == 0
-    before, after = (load_file(out / "latest" / "model.safetensors") for out in (trained, tmp_path / "out"))
-    assert {name: tensor.shape for name, tensor in after.items()} == {n: tensor.shape for n, tensor in before.items()}
-    mask = after["model.embed_tokens.weight"][TINY_VOCAB] - before["model.embed_tokens.weight"][TINY_VOCAB]
-    assert 0 < mask.abs().max() < 1e-3                              # trained on, not drawn anew
+    train_on(sums, trained, tmp_path / "out", "--steps", 1)
+    before, after = (load_file(out / "latest" / "model.safetensors")
+                     for out in (trained, tmp_path / "out"))
+    assert {name: tensor.shape for name, tensor in after.items()} == {
+        name: tensor.shape for name, tensor in before.items()}
+    name = "model.embed_tokens.weight"
+    moved = after[name][TINY_VOCAB] - before[name][TINY_VOCAB]
+    assert 0 < moved.abs().max() < 1e-3                             # trained on, not drawn anew
 
 
-def test_shared_flags_mean_the_same(trained, tiny, sums, tmp_path):
-    """What is learned on one script's command line holds for the others."""
-    shared = ("--seed", 3, "--device", "cpu", "--dtype", "fp32", "--k", 2, "--batch-size", 2,
-              "--prompt-format", "plain", "--cache", tmp_path)
-    assert cli(training, "--model", tiny, "--data", sums, "--out", tmp_path / "out", "--steps", 1, "--eval-every", 0,
-               "--eval-prompts", 2, "--no-resume", *shared).code == 0
-    assert cli(sample, "x", "--model", tmp_path / "out", "--threshold", 0.5, "--max-new-tokens", 2, "--limit", 1,
-               *shared).code == 0
-    assert cli(data, "--data", sums, "--limit", 1, "--seed", 3).code == 0
-    assert cli(pretrained, trained, "--cache", tmp_path).code == 0
-
-
-# --- true subprocesses: what a shell sees
+# --------------------------------------------------------------------------------------------------
+# True subprocesses: what a shell sees
 
 def shell(*words):
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, encoding="utf-8", timeout=900)
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, encoding="utf-8", timeout=900)
 
 
-def test_shell_sample(trained):
-    done = shell("sample.py", "How many?", "--model", trained, "--k", 3, "--max-new-tokens", 7, "--ignore-stop")
+def test_shell(trained, tmp_path):
+    done = shell("sample.py", "How many?", "--model", trained, "--k", 3, "--max-new-tokens", 7,
+                 "--ignore-stop")
     assert done.returncode == 0 and done.stderr == "" and "\x1b" not in done.stdout
     assert done.stdout.count("[3|") >= 2 and "7 tokens in 3 passes: 2.33" in done.stdout
     assert "chunk sizes: 1 x 1, 3 x 2\n" in done.stdout
-
-
-def test_shell_refusals(tmp_path):
-    for words in (["train.py", "--k", "1", "--out", tmp_path / "out"], ["pretrained.py", "nosuch"]):
-        done = shell(*words)
-        assert done.returncode == 2 and done.stdout == "" and re.fullmatch(r"error: [^\n]+\n", done.stderr)
-    assert not list(tmp_path.iterdir())
-
-
-def test_shell_help():
-    done = shell("data.py", "--help")
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("usage: data.py")
+    done = shell("train.py", "--k", "1", "--out", tmp_path / "out")
+    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
+    done = shell("-m", "common.data", "--limit", 1)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("####") == 1
