@@ -294,22 +294,21 @@ def main():
     # --- ask: all strategies about one batch, then about the next; every N-th batch is one rank's
     firsts = range(0, len(prompts), args.batch_size)
     mine = sum(len(prompts[first:first + args.batch_size]) for first in firsts[rank::world])
-    bar = tqdm(total=mine * len(contenders), unit="answer", dynamic_ncols=True, disable=rank > 0)
-    for first in firsts[rank::world]:
-        batch = slice(first, first + args.batch_size)
-        for contender in contenders:
-            rows = done.get((contender.name, first))
-            if rows is None:
-                rows = ask(contender, prompts[batch], golds[batch], first, setting)
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-                file.flush()
-            hits = statistics.fmean(row["correct"] for row in rows)
-            rate = statistics.fmean(as_answer(row).tokens_per_forward for row in rows)
-            bar.update(len(rows))
-            bar.set_postfix_str(
-                f"{contender.name}: {hits:.0%} right, {rate:.2f} tokens per forward")
-    bar.close()
-    file.close()
+    total = mine * len(contenders)
+    with file, tqdm(total=total, unit="answer", dynamic_ncols=True, disable=rank > 0) as bar:
+        for first in firsts[rank::world]:
+            batch = slice(first, first + args.batch_size)
+            for contender in contenders:
+                rows = done.get((contender.name, first))
+                if rows is None:
+                    rows = ask(contender, prompts[batch], golds[batch], first, setting)
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+                    file.flush()
+                hits = statistics.fmean(row["correct"] for row in rows)
+                rate = statistics.fmean(as_answer(row).tokens_per_forward for row in rows)
+                bar.update(len(rows))
+                bar.set_postfix_str(
+                    f"{contender.name}: {hits:.0%} right, {rate:.2f} tokens per forward")
 
     # --- the table, once all rows are on disk
     parallel.wait()

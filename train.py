@@ -446,6 +446,7 @@ def main():
         try:
             done = training_step(step, wrapped, teacher, optimizer, train, tokenizer, args)
         except FloatingPointError as error:
+            bar.close()
             sys.exit(f"step {step + 1}: {error}; stopped. The last good checkpoint is "
                      f"{saved or 'none'} (try a lower --lr)")
         step += 1

@@ -77,8 +77,8 @@ def main():
     # --- answer; a batch is on disk as soon as it is done
     lines = whole_lines(out, questions)
     write_text(out, "".join(lines))
-    bar = tqdm(total=len(questions), initial=len(lines), unit="answer", dynamic_ncols=True)
-    with cli.writing(out), open(out, "a", encoding="utf-8") as file:
+    with (cli.writing(out), open(out, "a", encoding="utf-8") as file,
+          tqdm(total=len(questions), initial=len(lines), unit="answer", dynamic_ncols=True) as bar):
         for first in range(len(lines), len(questions), args.batch_size):
             some = questions[first:first + args.batch_size]
             prompts = [tokenizer.prompt(question, style) for question in some]
@@ -92,7 +92,6 @@ def main():
             bar.update(len(some))
             speed = sum(len(r.tokens) for r in results) / max(r.seconds for r in results)
             bar.set_postfix_str(f"{speed:.0f} tokens/s")
-    bar.close()
     print(f"{len(questions)} rows in {out}")
 
 

@@ -122,20 +122,20 @@ def race(strategies, args, prompts):
             raise InputError(f"{name} could not start: {answer}")
 
     rounds = {name: [] for name in strategies}
-    bar = tqdm(total=(args.warmup + args.rounds) * len(strategies), unit="round",
-               desc=f"batch {len(prompts)}", dynamic_ncols=True)
-    for turn in range(args.warmup + args.rounds):
-        for name, (_, pipe) in processes.items():
-            pipe.send("go")
-            answer = pipe.recv()
-            if isinstance(answer, str):
-                raise InputError(f"{name} failed: {answer}")
-            if turn >= args.warmup:
-                rounds[name].append(answer)
-            _, seconds, tokens, *_ = answer
-            bar.update()
-            bar.set_postfix_str(f"{name}: {tokens / seconds:.1f} tokens/s")
-    bar.close()
+    turns = args.warmup + args.rounds
+    with tqdm(total=turns * len(strategies), unit="round", desc=f"batch {len(prompts)}",
+              dynamic_ncols=True) as bar:
+        for turn in range(turns):
+            for name, (_, pipe) in processes.items():
+                pipe.send("go")
+                answer = pipe.recv()
+                if isinstance(answer, str):
+                    raise InputError(f"{name} failed: {answer}")
+                if turn >= args.warmup:
+                    rounds[name].append(answer)
+                _, seconds, tokens, *_ = answer
+                bar.update()
+                bar.set_postfix_str(f"{name}: {tokens / seconds:.1f} tokens/s")
     for process, pipe in processes.values():
         pipe.send("stop")
         process.join()

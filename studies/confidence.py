@@ -117,16 +117,16 @@ def main():
 
     # --- answer, and judge
     tokens, answers = [], []
-    bar = tqdm(total=len(prompts), unit="answer", dynamic_ncols=True)
-    for first in range(0, len(prompts), args.batch_size):
-        some = prompts[first:first + args.batch_size]
-        results = generate(student, tokenizer, some, k_max, args.threshold, args.max_new_tokens)
-        for number, (prompt, result) in enumerate(zip(some, results), first):
-            own, answer = judge(number, prompt, result, teacher, tokenizer.mask_id)
-            tokens += own
-            answers.append(answer)
-        bar.update(len(some))
-    bar.close()
+    with tqdm(total=len(prompts), unit="answer", dynamic_ncols=True) as bar:
+        for first in range(0, len(prompts), args.batch_size):
+            some = prompts[first:first + args.batch_size]
+            results = generate(student, tokenizer, some, k_max, args.threshold,
+                               args.max_new_tokens)
+            for number, (prompt, result) in enumerate(zip(some, results), first):
+                own, answer = judge(number, prompt, result, teacher, tokenizer.mask_id)
+                tokens += own
+                answers.append(answer)
+            bar.update(len(some))
 
     # --- what came out
     r, by_rank = correlations(answers)

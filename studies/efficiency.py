@@ -103,6 +103,15 @@ def one_round(checkout, model, flags, args):
     return rows[1:], usage.ru_maxrss * unit
 
 
+def counts(rows, body, head):
+    """Sums over a round's rows, and what the method asks for in FLOP; see `weights_of`."""
+    slots, fed, seconds = (sum(row[key] for row in rows)
+                           for key in ("slots", "fed_tokens", "seconds"))
+    return {"slots": slots, "fed_tokens": fed, "seconds": seconds,
+            "flop": 4 * 2 * (body * fed + head * slots),
+            "supervised_tokens_per_second": slots / seconds}
+
+
 def summarise(rounds, peaks, rate):
     """Rounds by contender -> the table, a list of dicts: medians over rounds."""
     table = []
@@ -173,21 +182,17 @@ def main():
     # --- the race
     rounds, peaks, rates = {}, {}, []
     wanted = contenders(args)
-    bar = tqdm(total=args.rounds * len(wanted), unit="run", dynamic_ncols=True)
-    for _ in range(args.rounds):
-        rates.append(matmul_rate(device, dtype))
-        for name, (checkout, flags) in wanted.items():
-            rows, peak = one_round(checkout, folder, flags, args)
-            slots, fed, seconds = (sum(row[key] for row in rows)
-                                   for key in ("slots", "fed_tokens", "seconds"))
-            rounds.setdefault(name, []).append({
-                "slots": slots, "fed_tokens": fed, "seconds": seconds,
-                "flop": 4 * 2 * (body * fed + head * slots),
-                "supervised_tokens_per_second": slots / seconds})
-            peaks[name] = max(peaks.get(name, 0), peak)
-            bar.update()
-            bar.set_postfix_str(f"{name}: {slots / seconds:.0f} supervised tokens/s")
-    bar.close()
+    with tqdm(total=args.rounds * len(wanted), unit="run", dynamic_ncols=True) as bar:
+        for _ in range(args.rounds):
+            rates.append(matmul_rate(device, dtype))
+            for name, (checkout, flags) in wanted.items():
+                rows, peak = one_round(checkout, folder, flags, args)
+                peaks[name] = max(peaks.get(name, 0), peak)
+                numbers = counts(rows, body, head)
+                rounds.setdefault(name, []).append(numbers)
+                bar.update()
+                bar.set_postfix_str(f"{name}: {numbers['supervised_tokens_per_second']:.0f} "
+                                    "supervised tokens/s")
 
     # --- the table
     rate, where = max(rates), machine(device)

@@ -119,7 +119,7 @@ def attention_masks(length=8, prompt=3):
             axis.tick_params(which="both", length=0)
             listed = ", ".join(f"x{anchor}" for anchor in anchors[0])
             axis.set(title=f"k = {k}, anchors {listed}", xlabel="key", ylabel="query")
-    figure.suptitle("grey: a text token that the query may see; coloured: a mask token of its own "
+    figure.suptitle("grey: a text token that the query may see; coloured: a mask token of its own\n"
                     "region; M5 stands at position 5")
     return figure
 
@@ -235,7 +235,7 @@ def confidence_plots(path):
                           textcoords="offset points", fontsize=7, color=colour)
     left.set(xlabel="said: confidence of kept tokens (mean of the bin)",
              ylabel="right: share that is the teacher's choice",
-             title="said and right (numbers: tokens; dotted: as sure as right)")
+             title="said and right (numbers: tokens)")
     left.legend(frameon=False)
 
     answers = record["answers"]

@@ -82,6 +82,17 @@ class NanoMTP(TemplateLM):
             ids = self.tokenizer.prompt(text, self.prompt_format)
         return ids[-room:] or [self.eot_token_id]
 
+    def answer(self, texts, limit, stops):
+        """The answers to a batch of requests' texts, each up to its first stop string."""
+        prompts = [self.prompt(text, self.context - limit) for text in texts]
+        results = decode(self.model, self.tokenizer, prompts, self.strategy,
+                         max_new_tokens=limit, stop_strings=stops)
+        self.batches.append(results)
+        answers = [self.tokenizer.decode(result.tokens) for result in results]
+        for stop in stops:
+            answers = [answer.split(stop)[0] for answer in answers]
+        return answers
+
     def generate_until(self, requests, disable_tqdm=False):
         """A text per request, in order. Texts end before the first stop string; long prompts lose
         their beginning. InputError for a task that asks for sampling."""
@@ -89,26 +100,21 @@ class NanoMTP(TemplateLM):
         for i, request in enumerate(requests):      # those with the same settings decode together
             settings = json.dumps(request.args[1], sort_keys=True)
             groups.setdefault(settings, []).append(i)
-        bar = tqdm(total=len(requests), disable=disable_tqdm, unit="answer", dynamic_ncols=True)
-        for settings, members in groups.items():
-            kwargs = normalize_gen_kwargs(json.loads(settings), self.max_new_tokens)
-            if kwargs.get("do_sample"):
-                raise InputError("the task asks for sampling; this decoding is greedy")
-            stops = [stop for stop in kwargs["until"] if stop]
-            limit = min(kwargs["max_gen_toks"], self.context - 1)
-            for first in range(0, len(members), self.batch_size):
-                batch = members[first:first + self.batch_size]
-                prompts = [self.prompt(requests[i].args[0], self.context - limit) for i in batch]
-                results = decode(self.model, self.tokenizer, prompts, self.strategy,
-                                 max_new_tokens=limit, stop_strings=stops)
-                self.batches.append(results)
-                for i, result in zip(batch, results):
-                    texts[i] = self.tokenizer.decode(result.tokens)
-                    for stop in stops:
-                        texts[i] = texts[i].split(stop)[0]
-                    self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
-                bar.update(len(batch))
-        bar.close()
+        with tqdm(total=len(requests), disable=disable_tqdm, unit="answer",
+                  dynamic_ncols=True) as bar:
+            for settings, members in groups.items():
+                kwargs = normalize_gen_kwargs(json.loads(settings), self.max_new_tokens)
+                if kwargs.get("do_sample"):
+                    raise InputError("the task asks for sampling; this decoding is greedy")
+                stops = [stop for stop in kwargs["until"] if stop]
+                limit = min(kwargs["max_gen_toks"], self.context - 1)
+                for first in range(0, len(members), self.batch_size):
+                    batch = members[first:first + self.batch_size]
+                    answers = self.answer([requests[i].args[0] for i in batch], limit, stops)
+                    for i, text in zip(batch, answers):
+                        texts[i] = text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                    bar.update(len(batch))
         return texts
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):

@@ -7,7 +7,7 @@ development requirement). It cuts text as SmolLM2's does, every digit by itself,
 three control tokens. Training then draws random weights for it:
 
     python -m studies.tiny                              # into checkpoints/tiny, where they are now
-    python train.py --preset pretrain-tiny              # about an hour; its weights go there, too
+    python train.py --preset pretrain-tiny              # an hour; its model.safetensors goes there
 
 The trained one is the newest checkpoint of a run, its weights rounded to bf16, without what only
 training needs:

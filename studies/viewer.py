@@ -165,10 +165,10 @@ def main():
     plain = None
     for way in [Strategy(k=1)] + [strategy] * (strategy.k > 1):
         name = "k = 1" if way.k == 1 else way.name
-        bar = tqdm(desc=name, unit="token", dynamic_ncols=True, leave=False)
-        results = generate(model, tokenizer, prompts, way.k, way.threshold, args.max_new_tokens,
-                           on_chunk=lambda row, new: bar.update(len(new)))
-        bar.close()
+        with tqdm(desc=name, unit="token", dynamic_ncols=True, leave=False, delay=1) as bar:
+            results = generate(
+                model, tokenizer, prompts, way.k, way.threshold, args.max_new_tokens,
+                on_chunk=lambda row, new: bar.update(len(new)))
         plain, others = plain or results, 0
         for entry, prompt, result, reference in zip(entries, prompts, results, plain):
             passes = passes_of(model, prompt, result, way.k, tokenizer.mask_id)

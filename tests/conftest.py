@@ -19,6 +19,8 @@ import json
 import os
 import random
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,6 +178,31 @@ def train_briefly(out, *flags):
 def log_rows(out, event):
     """The rows of a run's log.jsonl for one kind of event, in order."""
     return [row for row in map(json.loads, open(out / "log.jsonl")) if row["event"] == event]
+
+
+def in_two_processes(script, jobs, folder):
+    """Run the text of a script under torchrun, in two processes; returns what they print.
+
+    Starting them takes longer than what tests do with them, so they are started once: `jobs` are
+    lists of flags, which the script finds in the JSON file that is its argument. Each has a number
+    in front, a free port, to be MASTER_PORT when the processes meet for this job. Files go to
+    `folder`.
+    """
+    sockets = [socket.create_server(("localhost", 0)) for _ in jobs]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    jobs = [[port, *map(str, flags)] for port, flags in zip(ports, jobs)]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    # torchrun would have all jobs meet at its own port
+    own_port = 'import os\nos.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"\n'
+    (folder / "script.py").write_text(own_port + script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               folder / "script.py", folder / "jobs.json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import functools
 import importlib
 import io
 import json
-import math
 import os
 import re
 import shlex
@@ -70,7 +69,8 @@ FLAGS = {
     "-m studies.lm_eval_adapter":
         "tasks include limit shots prompt-format seed max-new-tokens batch-size model out "
         + STRATEGY + MACHINE,
-    "-m studies.plan": "prompt-tokens attention gpus fsdp no-fsdp memory measure out",
+    "-m studies.plan":                                      # and train.py's
+        "prompt-tokens attention gpus fsdp no-fsdp memory measure no-measure out",
     "-m studies.tiny": "out limit vocab-size trained",
     "-m studies.viewer":
         "prompt-format seed max-new-tokens model out json " + STRATEGY + MACHINE,
@@ -248,6 +248,7 @@ REFUSED = {
         ("--eval-prompts 0", "--eval-prompts must be at least 1"),
         ("--lr 0", "--lr"),
         ("--lr nan", "--lr"),
+        ("--lr inf", "--lr must be a finite number"),
         ("--beta2 1", "--beta2"),
         ("--clip -1", "--clip must be at least 0"),
         ("--clip inf", "--clip must be a finite number"),
@@ -258,6 +259,7 @@ REFUSED = {
         ("--slot1-weight -1", "--slot1-weight must be at least 0"),
         ("--targets softly", "softly"),
         ("--fsdp", "torchrun"),
+        ("--device meta", "no device"),
         ("--data nosuch", "no data 'nosuch'"),
         ("--data {tmp}/fields.jsonl", "{tmp}/fields.jsonl:2: "),
         ("--data {tmp}/few.jsonl --eval-prompts 3", "3 different questions cannot spare 3"),
@@ -271,19 +273,16 @@ REFUSED = {
         (AGAIN, "already holds step-2"),
         (AGAIN + "--no-resume", "already holds step-2"),
         (AGAIN + "--resume --lr 2e-4", "--lr 0.001, not 0.0002"),
-        (AGAIN + "--resume --beta2 0.9", "--beta2 0.95, not 0.9"),
         (AGAIN + "--resume --k 4", "--k 3, not 4"),
         (AGAIN + "--resume --data gsm8k.jsonl", "gsm8k.jsonl"),
-        (AGAIN + "--resume --limit 9", "--limit None, not 9"),
         (AGAIN + "--resume --eval-prompts 3", "--eval-prompts 2"),
-        (AGAIN + "--resume --targets soft", "--targets hard, not soft"),
-        (AGAIN + "--resume --fixed-k", "--fixed-k False"),
         (AGAIN + "--resume --prompt-format plain", "--prompt-format chat, not plain"),
     ],
     "sample.py": [
         ("--thresh 0.5", "--thresh"),                               # no abbreviations
         ("--k 4", "1 to 3"),
         ("--k 0", "--k 0"),
+        ("--threshold nan", "--threshold nan"),
         ("--model {tiny} --k 2", "--k 2"),
         ("--model {tmp}/file", "{tmp}/file"),
         ("--model nosuch/at-all", "nosuch/at-all"),
@@ -308,6 +307,7 @@ REFUSED = {
     "eval_gsm8k.py": [
         ("--k 2 4", "1 to 3"),
         ("--k 0", "--k 0"),
+        ("--threshold 0.9 nan", "--threshold nan"),
         ("--model {tiny} --k 2", "--k 2"),
         ("--data nosuch", "no data 'nosuch'"),
         ("--data {tmp}/few.jsonl --shots 3", "leaves no question"),
@@ -810,50 +810,6 @@ def test_train_resume_goes_on(tiny, sums, tmp_path):
     assert everything_under(out / "step-2", out / "step-3") == before
 
 
-def test_train_weight_decay_and_beta2(tiny, sums, tmp_path):
-    """AdamW shrinks a decayed matrix w by lr * decay * w; --beta2 matters from the second step."""
-    weights = {}
-    for name, flags in {"none": ["--weight-decay", 0], "much": ["--weight-decay", 10],
-                        "short memory": ["--weight-decay", 0, "--beta2", 0.5]}.items():
-        out = tmp_path / name
-        train_on(sums, tiny, out, "--steps", 2, "--save-every", 1, "--warmup", 0, "--cooldown", 0,
-                 "--lr", 1e-3, *flags)
-        weights[name] = [load_file(out / step / "model.safetensors") for step in
-                         ("step-1", "step-2")]
-    start = load_file(tiny / "model.safetensors")
-    for name, was in start.items():
-        none, much = (weights[run][0][name][:len(was)] for run in ("none", "much"))
-        shrunk = 1e-3 * 10 * was if was.dim() > 1 else torch.zeros_like(was)
-        torch.testing.assert_close(none - much, shrunk, atol=1e-6, rtol=0)
-        assert not torch.equal(none, was)
-    none, memory = weights["none"], weights["short memory"]
-    name = "model.layers.0.mlp.up_proj.weight"
-    differences = [(a[name] - b[name]).abs().max() for a, b in zip(none, memory)]
-    assert differences[0] < 1e-6 and differences[1] > 1e-5
-
-
-def test_train_clip(tiny, sums, tmp_path, monkeypatch):
-    """The log says the norm before clipping; after it none is longer than --clip, 0: any."""
-    clip, seen = torch.nn.utils.clip_grad_norm_, []
-
-    def spy(parameters, max_norm):
-        parameters = list(parameters)
-        norm = clip(parameters, max_norm)
-        squares = sum(p.grad.square().sum().item() for p in parameters if p.grad is not None)
-        seen.append((norm.item(), math.sqrt(squares)))
-        return norm
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    for limit in ("0.25", "0"):
-        seen.clear()
-        train_on(sums, tiny, tmp_path / limit, "--steps", 2, "--clip", limit)
-        logged = [row["gradient_norm"] for row in log_rows(tmp_path / limit, "train")]
-        assert logged == [norm for norm, _ in seen]
-        for norm, after in seen:
-            assert norm > 0.25
-            assert after == pytest.approx(0.25 if limit == "0.25" else norm, rel=1e-3)
-
-
 def test_train_batches(tiny, tmp_path, monkeypatch):
     """--batch-size sequences a step, each computed once, in passes of --micro-batch-size, none
     longer than --seq-len."""
@@ -1009,9 +965,7 @@ def test_train_presets(monkeypatch):
     assert settings() == settings("--preset", "tiny")
     for name, changes in training.PRESETS.items():
         assert settings("--preset", name) == settings() | changes | {"preset": name}
-    paper = settings("--preset", "paper")       # AdamW as PyTorch has it, and no clipping
-    assert (paper["beta2"], paper["weight_decay"], paper["clip"]) == (0.999, 0.01, 0)
-    assert paper["lr"] == 1e-5 and settings("--preset", "paper", "--lr", 1e-4)["lr"] == 1e-4
+    assert settings("--preset", "paper", "--lr", 1e-4)["lr"] == 1e-4
     mixed = settings("--lr", 3e-4, "--preset", "pretrain-tiny", "--no-random-init")
     assert mixed["lr"] == 3e-4 and mixed["random_init"] is False
 

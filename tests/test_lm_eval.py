@@ -1,9 +1,10 @@
 """
-extras/lm_eval_adapter.py inside the real harness: a local task, so no hub is needed. Generated answers are those of
-eval_gsm8k.py on the same prompts; log-likelihoods are those of plain passes through the model.
+studies/lm_eval_adapter.py inside the real harness: local tasks, so no hub is needed. Answers are
+those of eval_gsm8k.py on the same prompts; log-likelihoods are those of plain passes.
 """
+import functools
 import json
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,16 +12,19 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-eval is in requirements-dev.txt")
 
 from conftest import train_briefly  # noqa: E402
+from test_cli import cli  # noqa: E402
 
 import eval_gsm8k as evaluation  # noqa: E402
-from data import WordProblems  # noqa: E402
-from extras import lm_eval_adapter as adapter  # noqa: E402
+from common.cli import InputError  # noqa: E402
+from common.files import read_json  # noqa: E402
+from common.hub import resolve  # noqa: E402
+from common.tokenizer import Tokenizer  # noqa: E402
+from common.wordproblems import WordProblems  # noqa: E402
 from model import Transformer  # noqa: E402
-from pretrained import InputError, resolve  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from studies import lm_eval_adapter as adapter  # noqa: E402
 
 LIMIT = 6
-ANSWER = """
+TASK = """
 task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {rows}}}, cache_dir: {cache}}}
@@ -38,8 +42,8 @@ filter_list:
       - {function: regex, group_select: -1, regex_pattern: "(-?[$0-9.,]{2,})|(-?[0-9]+)"}
       - {function: take_first}
 metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true, ignore_punctuation: false,
-     regexes_to_ignore: [",", "\\\\$", "(?s).*#### ", "\\\\.$"]}
+  - {metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true,
+     ignore_punctuation: false, regexes_to_ignore: [",", "\\\\$", "(?s).*#### ", "\\\\.$"]}
 """
 CHOOSE = """
 doc_to_choice: [" three.", " four.", " a longer answer."]
@@ -48,17 +52,27 @@ metric_list: [{metric: acc}]
 """
 
 
+@pytest.fixture(autouse=True)
+def no_other_tasks(monkeypatch):
+    """The harness looks through thousands of its own task files: seconds, in every run."""
+    manager = functools.partial(adapter.TaskManager, include_defaults=False)
+    monkeypatch.setattr(adapter, "TaskManager", manager)
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A folder of two tasks on six word problems: `local_sums` (generate_until) and `local_choice` (log-likelihoods)."""
+    """A folder of two tasks on six word problems: `local_sums`, where a text is to be generated,
+    and `local_choice`, where log-likelihoods decide."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(WordProblems(0, "test")[i]) + "\n" for i in range(LIMIT)))
+    problems = [WordProblems(0, "test")[i] for i in range(LIMIT)]
+    rows.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     common = {"rows": rows, "cache": folder / "cache"}
-    (folder / "sums.yaml").write_text(ANSWER.format(name="local_sums", kind="generate_until", text="{{question}}\\n\\n",
-                                                    **common) + GENERATE)
-    (folder / "choice.yaml").write_text(ANSWER.format(name="local_choice", kind="multiple_choice", text="{{question}}",
-                                                      **common) + CHOOSE)
+    text = "{{question}}"
+    sums = TASK.format(name="local_sums", kind="generate_until", text=text + "\\n\\n", **common)
+    choice = TASK.format(name="local_choice", kind="multiple_choice", text=text, **common)
+    (folder / "sums.yaml").write_text(sums + GENERATE)
+    (folder / "choice.yaml").write_text(choice + CHOOSE)
     return folder
 
 
@@ -68,76 +82,65 @@ def trained(tmp_path_factory):
     return train_briefly(tmp_path_factory.mktemp("trained"), "--k", 3)
 
 
-def run(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["lm_eval_adapter.py", *map(str, flags)])
-    adapter.main()
+@pytest.mark.parametrize("flags", [("--k", 3), ("--threshold", 0.3)])
+def test_same_answers_as_eval_gsm8k(trained, tasks, tmp_path, flags):
+    common = (*flags, "--max-new-tokens", 40, "--model", trained, "--batch-size", 4)
+    result = cli(adapter, "--tasks", "local_sums", "--include", tasks, *common,
+                 "--out", tmp_path / "harness")
+    assert result.code == 0 and "tokens per forward" in result.out, result
+    harness = read_json(tmp_path / "harness" / "results.json")
+    result = cli(evaluation, "--data", "wordproblems", "--limit", LIMIT, "--stop", "#### 7",
+                 "--prompt-format", "plain", *common, "--out", tmp_path / "ours")
+    assert result.code == 0, result
+    name = f"{'static' if flags[0] == '--k' else 'adaptive'} {flags[1]}"
+    table = read_json(tmp_path / "ours" / "table.json")["table"]
+    ours, = (entry for entry in table if entry["strategy"] == name)
+    accuracy = harness["results"]["local_sums"]["exact_match,flexible-extract"]
+    assert accuracy == ours["accuracy"]
+    assert harness["tokens_per_forward"] == pytest.approx(ours["tokens_per_forward"])
 
-
-@pytest.mark.parametrize("flags", [("--k", 1), ("--k", 3), ("--threshold", 0.3)])
-def test_same_answers_as_eval_gsm8k(trained, tasks, tmp_path, monkeypatch, capsys, flags):
-    stop = ("--max-new-tokens", 40, "--model", trained, "--batch-size", 4)
-    run(monkeypatch, "--tasks", "local_sums", "--include", tasks, *flags, *stop, "--out", tmp_path / "harness")
-    printed = capsys.readouterr().out
-    harness = json.loads((tmp_path / "harness" / "results.json").read_text())
-    monkeypatch.setattr(sys, "argv", [
-        "eval_gsm8k.py", "--data", "wordproblems", "--limit", str(LIMIT), "--stop", "#### 7", "--prompt-format", "plain",
-        *map(str, flags + stop), "--out", str(tmp_path / "ours")])
-    evaluation.main()
-    name = {"--k": "static {}", "--threshold": "adaptive {}"}[flags[0]].format(flags[1])
-    table = json.loads((tmp_path / "ours" / "table.json").read_text())["table"]
-    ours = next(row for row in table if row["strategy"] == name)
-    assert harness["results"]["local_sums"]["exact_match,flexible-extract"] == ours["accuracy"]
-    assert harness["tokens_per_forward"] == pytest.approx(ours["tokens_per_forward"]) and "tokens per forward" in printed
-    texts = [json.loads(line)["text"] for line in (tmp_path / "ours" / "rows.jsonl").read_text().splitlines()[1:]
-             if json.loads(line)["strategy"] == name]
+    lines = (tmp_path / "ours" / "rows.jsonl").read_text().splitlines()[1:]
+    texts = [row["text"] for row in map(json.loads, lines) if row["strategy"] == name]
     model = adapter.NanoMTP(str(trained), batch_size=4, max_new_tokens=40,
                             **{flags[0].removeprefix("--"): flags[1]})
-
-    class Request:
-        def __init__(self, i):
-            self.args = (WordProblems(0, "test")[i]["question"] + "\n\n", {"until": ["#### 7"], "max_gen_toks": 40})
-
-    assert model.generate_until([Request(i) for i in range(LIMIT)], disable_tqdm=True) == texts
+    settings = {"until": ["#### 7"], "max_gen_toks": 40}
+    requests = [SimpleNamespace(args=(WordProblems(0, "test")[i]["question"] + "\n\n", settings))
+                for i in range(LIMIT)]
+    assert model.generate_until(requests, disable_tqdm=True) == texts
 
 
-def test_log_likelihoods_are_the_plain_models(trained, tasks, monkeypatch, capsys):
-    run(monkeypatch, "--tasks", "local_choice", "--include", tasks, "--model", trained, "--k", 3)
-    assert "local_choice" in capsys.readouterr().out
+def test_log_likelihoods_are_the_plain_models(trained, tasks):
+    result = cli(adapter, "--tasks", "local_choice", "--include", tasks, "--model", trained,
+                 "--k", 3)
+    assert result.code == 0 and "local_choice" in result.out, result
     model, folder = adapter.NanoMTP(str(trained), k=3), resolve(str(trained))
     plain, tokenizer = Transformer.from_pretrained(folder), Tokenizer(folder)
 
-    class Request:
-        args = ("Ava has 3 apples.", " Ben has 4.")
-
-    (log_p, greedy), = model.loglikelihood([Request()], disable_tqdm=True)
-    context, whole = tokenizer.encode(Request.args[0]), tokenizer.encode("".join(Request.args))
+    request = SimpleNamespace(args=("Ava has 3 apples.", " Ben has 4."))
+    (log_p, greedy), = model.loglikelihood([request], disable_tqdm=True)
+    context, whole = tokenizer.encode(request.args[0]), tokenizer.encode("".join(request.args))
     n = len(whole)
     with torch.no_grad():
-        logits = plain(torch.tensor([whole]), torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril())[0]
+        causal = torch.ones(n, n, dtype=torch.bool).tril()
+        logits = plain(torch.tensor([whole]), torch.arange(n)[None], causal)[0]
     logits[:, tokenizer.mask_id] = -torch.inf
-    expected = sum(logits[i - 1].log_softmax(-1)[whole[i]].item() for i in range(len(context), n))
+    p = logits.log_softmax(-1)
+    expected = sum(p[i - 1, whole[i]].item() for i in range(len(context), n))
     assert log_p == pytest.approx(expected, rel=1e-4) and greedy is False
 
-    class Text:
-        args = ("Ava has 3 apples and Ben has 4. " * 80,)           # longer than the context: several windows
+    # longer than the context: several windows
+    long = SimpleNamespace(args=("Ava has 3 apples and Ben has 4. " * 80,))
+    length = len(tokenizer.encode(long.args[0]))
+    assert length > plain.config.max_position_embeddings
+    total, = model.loglikelihood_rolling([long], disable_tqdm=True)
+    assert -20 * length < total < 0
 
-    assert len(tokenizer.encode(Text.args[0])) > plain.config.max_position_embeddings
-    total, = model.loglikelihood_rolling([Text()], disable_tqdm=True)
-    assert -20 * len(tokenizer.encode(Text.args[0])) < total < 0
 
-
-def test_registered_and_refusals(trained, tasks, monkeypatch, tmp_path):
+def test_registered_and_greedy(trained):
     from lm_eval.api.registry import get_model
+
     assert get_model("nanomtp") is adapter.NanoMTP
-    (tmp_path / "file").write_text("")
-    for flags, message in ((["--tasks", "no_such_task"], "no_such_task"), (["--tasks", "local_sums", "--k", 4], "1 to 3"),
-                           (["--tasks", "local_sums", "--out", tmp_path / "file"], "cannot write")):
-        with pytest.raises(InputError, match=message):
-            run(monkeypatch, "--include", tasks, "--model", trained, *flags)
     model = adapter.NanoMTP(str(trained))
-
-    class Request:
-        args = ("a", {"do_sample": True, "temperature": 1.0, "until": []})
-
+    request = SimpleNamespace(args=("a", {"do_sample": True, "temperature": 1.0, "until": []}))
     with pytest.raises(InputError, match="sampling"):
-        model.generate_until([Request()], disable_tqdm=True)
+        model.generate_until([request], disable_tqdm=True)

@@ -1,156 +1,198 @@
 """
-The laboratory: the tiny model in checkpoints/tiny, how it was made, and next-token training, which made it.
+The laboratory: the models in checkpoints/, how they were made, and next-token training, which made
+the first of them.
 """
-import json
-import sys
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import log_rows, run_train, train_briefly
+from safetensors.torch import load_file
+from test_cli import cli
 
-from conftest import run_train
-
-import train as training
-from data import WordProblems, encode_rows
-from eval_gsm8k import extract_flexible
-from extras import tiny as maker
+from common.data import encode_rows
+from common.files import read_json
+from common.hub import resolve
+from common.scoring import extract_flexible, gold_of
+from common.tokenizer import Tokenizer
+from common.wordproblems import WordProblems
 from model import Transformer
-from pretrained import InputError, read_json, resolve
-from regions import make_batch
-from sample import generate, load
-from tokenizer import Tokenizer
+from mtp import make_batch, region_loss
+from sample import Strategy, load
+from speculate import decode
+from studies import tiny as maker
 
 FOLDER = resolve("tiny")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 def causal(n):
     return torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril()
 
 
-# --- checkpoints/tiny
+def answers(folder, count, *strategies):
+    """Unseen problems and, for each Strategy, their Answers; and the tokenizer."""
+    model, tokenizer, trained = load(folder, torch.device("cpu"), torch.float32)
+    rows = [WordProblems(5, "test")[i] for i in range(count)]
+    prompts = [tokenizer.prompt(row["question"], "plain") for row in rows]
+    return rows, tokenizer, [decode(model, tokenizer, prompts, strategy, max_new_tokens=120)
+                             for strategy in strategies]
+
+
+def rate(results):
+    return sum(len(result.tokens) for result in results) / sum(r.passes for r in results)
+
+
+def right(results, rows, tokenizer):
+    return sum(extract_flexible(tokenizer.decode(result.tokens)) == gold_of(row["answer"])
+               for result, row in zip(results, rows))
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints/tiny and tiny-mtp
 
 def test_size_and_shape():
     model = Transformer.from_pretrained(FOLDER)
     assert 1.5e6 < sum(parameter.numel() for parameter in model.parameters()) < 2.5e6
-    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 10e6
-    assert Tokenizer(FOLDER).mask_id is None and "nanomtp" not in model.config.raw          # an ordinary model
+    assert Tokenizer(FOLDER).mask_id is None            # an ordinary model
+    assert "nanomtp" not in model.config.raw
+    for folder in (FOLDER, resolve("tiny-mtp")):
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
 
 
 def test_transformers_and_tokenizers_agree():
     from tokenizers import Tokenizer as Theirs
     from transformers import AutoModelForCausalLM
 
-    ours, tokenizer = Transformer.from_pretrained(FOLDER), Tokenizer(FOLDER)
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
-    theirs = Theirs.from_file(str(FOLDER / "tokenizer.json"))
-    texts = ["{question}\n\n{answer}".format(**WordProblems(1, "test")[i]) for i in range(100)]
-    texts += ["x  12\n\n 3 naïve 日本 #### $5", "  \t"]
-    for text in texts:
-        ids = tokenizer.encode(text)
-        assert ids == theirs.encode(text, add_special_tokens=False).ids and tokenizer.decode(ids) == text
-    ids = torch.tensor([tokenizer.encode(texts[0])])
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids, *causal(ids.shape[1])), model(ids).logits, rtol=0, atol=1e-4)
+    for folder in (FOLDER, resolve("tiny-mtp")):
+        ours, tokenizer = Transformer.from_pretrained(folder), Tokenizer(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        theirs = Theirs.from_file(str(folder / "tokenizer.json"))
+        texts = ["{question}\n\n{answer}".format(**WordProblems(1, "test")[i]) for i in range(99)]
+        for text in [*texts, "x  12\n\n 3 naïve 日本 #### $5", "  \t"]:
+            ids = tokenizer.encode(text)
+            assert ids == theirs.encode(text, add_special_tokens=False).ids
+            assert tokenizer.decode(ids) == text
+        ids = torch.tensor([tokenizer.encode(texts[0])])
+        with torch.no_grad():
+            logits = ours(ids, *causal(ids.shape[1]))
+            torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_it_solves_unseen_problems():
+def test_tiny_solves_unseen_problems():
     """README says how often, over 3,000; here 100 must do."""
-    model, tokenizer = Transformer.from_pretrained(FOLDER).eval(), Tokenizer(FOLDER)
-    rows = [WordProblems(5, "test")[i] for i in range(100)]
-    prompts = [tokenizer.prompt(row["question"], "plain") for row in rows]
-    results = generate(model, prompts, stop_ids=tokenizer.stop_ids, max_new_tokens=120)
-    right = sum(extract_flexible(tokenizer.decode(result.tokens)) == row["answer"].split("#### ")[1]
-                for result, row in zip(results, rows))
-    assert right >= 85 and all(result.finish == "stop" for result in results)
+    rows, tokenizer, (results,) = answers("tiny", 100, Strategy(1))
+    assert right(results, rows, tokenizer) >= 85
+    assert all(result.finish == "stop" for result in results)
 
 
-def test_it_learns_to_write_several_tokens_losslessly(tmp_path):
-    """A short distillation: lossless decoding writes k = 1's answers, adaptive decoding fewer passes; as in README."""
-    run_train("--k", 3, "--steps", 40, "--warmup", 5, "--batch-size", 16, "--eval-every", 0, "--out", tmp_path)
-    model, tokenizer, trained = load(tmp_path, torch.device("cpu"), torch.float32)
-    prompts = [tokenizer.prompt(WordProblems(6, "test")[i]["question"], "plain") for i in range(32)]
-
-    def texts(k, threshold=None, **more):
-        results = generate(model, prompts, k, threshold, tokenizer.mask_id, tokenizer.stop_ids, 80, **more)
-        return [r.tokens for r in results], sum(len(r.tokens) for r in results) / sum(r.passes for r in results)
-
-    plain, one = texts(1)
-    for form in ("wide", "narrow"):
-        tokens, per_forward = texts(3, lossless=form)
-        assert tokens == plain and per_forward > 1.2 > one == 1
-    assert trained["k_max"] == 3
+def test_tiny_mtp_writes_several_tokens_per_pass():
+    """What README opens with: fewer passes, adaptively and losslessly."""
+    weights = load_file(resolve("tiny-mtp") / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    drafting = Strategy(8, None, "wide"), Strategy(8, None, "narrow")
+    rows, tokenizer, results = answers("tiny-mtp", 24, Strategy(1), Strategy(8, 0.9), *drafting)
+    plain, adaptive, wide, narrow = results
+    assert right(plain, rows, tokenizer) >= 18 and right(adaptive, rows, tokenizer) >= 15
+    assert rate(plain) == 1 and rate(adaptive) > 2 and rate(wide) > rate(narrow) > 1.5
+    for results in (wide, narrow):
+        assert [result.tokens for result in results] == [result.tokens for result in plain]
 
 
-def test_its_tokenizer_can_be_made_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tiny.py", "--out", str(tmp_path)])
-    maker.main()
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+def test_a_short_training_is_enough_for_a_start(tmp_path):
+    """25 steps: lossless decoding writes the answers of k = 1 in fewer passes."""
+    run_train("--k", 3, "--steps", 25, "--warmup", 3, "--batch-size", 8, "--seq-len", 160,
+              "--eval-every", 0, "--out", tmp_path)
+    strategies = Strategy(1), Strategy(3, None, "wide"), Strategy(3, None, "narrow")
+    _, _, (plain, wide, narrow) = answers(tmp_path, 16, *strategies)
+    assert rate(wide) > 1.25 and rate(narrow) > 1.1
+    for results in (wide, narrow):
+        assert [result.tokens for result in results] == [result.tokens for result in plain]
+
+
+# --------------------------------------------------------------------------------------------------
+# How they were made
+
+def test_the_start_can_be_made_again(tmp_path):
+    result = cli(maker, "--out", tmp_path)
+    assert result.code == 0, result
+    for name in TOKENIZER_FILES:
         assert read_json(tmp_path / name) == read_json(FOLDER / name), name
     made, there = read_json(tmp_path / "config.json"), read_json(FOLDER / "config.json")
     assert made == {key: there[key] for key in made}
-    model = read_json(tmp_path / "tokenizer.json")["model"]["vocab"]
-    assert all(len(token) == 1 for token in model if any(c.isdigit() for c in token))       # every digit by itself
+    vocabulary = read_json(tmp_path / "tokenizer.json")["model"]["vocab"]
+    assert all(len(token) == 1 for token in vocabulary if any(c.isdigit() for c in token))
 
 
-# --- next-token training: k = 1, ground truth, no teacher
+def test_the_trained_one_is_a_run_in_bf16(tiny, tmp_path):
+    run = train_briefly(tmp_path / "run", "--model", tiny, "--k", 2)
+    result = cli(maker, "--trained", run, "--out", tmp_path / "made")
+    assert result.code == 0 and "k_max 2, 2 steps" in result.out, result
+    made, latest = tmp_path / "made", run / "latest"
+    assert {file.name for file in made.iterdir()} == {
+        file.name for file in latest.iterdir()} - {"trainer.pt"}
+    for name in TOKENIZER_FILES:
+        assert read_json(made / name) == read_json(latest / name)
+    config = read_json(latest / "config.json")
+    assert read_json(made / "config.json") == config | {"dtype": "bfloat16"}
+    whole, rounded = (load_file(folder / "model.safetensors") for folder in (latest, made))
+    assert whole.keys() == rounded.keys()
+    for name, tensor in rounded.items():
+        assert torch.equal(tensor, whole[name].bfloat16())
+
+
+# --------------------------------------------------------------------------------------------------
+# Next-token training: k = 1, ground truth, no teacher
 
 def test_random_weights():
     a, b, c = (Transformer.from_scratch(FOLDER, seed) for seed in (0, 0, 1))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
     assert not torch.equal(a.model.embed_tokens.weight, c.model.embed_tokens.weight)
-    block = a.model.layers[0]
+    block, deviation = a.model.layers[0], 0.02 / 8 ** 0.5           # 2 * 4 layers
     assert block.mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 8 ** 0.5, rel=0.02)     # 2 * 4 layers
+    assert block.mlp.down_proj.weight.std().item() == pytest.approx(deviation, rel=0.02)
     assert (block.input_layernorm.weight == 1).all()
 
 
 def test_k1_with_ground_truth_is_the_ordinary_next_token_loss():
     model, tokenizer = Transformer.from_pretrained(FOLDER), Tokenizer(FOLDER)
     encoded = encode_rows([WordProblems(0)[i] for i in range(3)], tokenizer, "plain", 224)
-    batch = make_batch(encoded, 1, 0, 1, None, tokenizer.end_id, torch.device("cpu"), prefix=True)
-    loss, prefix, _, targets, _ = training.region_loss(model, None, batch, None, tokenizer.stop_ids, tokenizer.end_id)
-    expected, answers = 0.0, []
+    batch = make_batch(encoded, 1, 0, 1, tokenizer, torch.device("cpu"), prefix=True)
+    loss, seen = region_loss(model, None, batch, tokenizer, 10)
+    both, _ = region_loss(model, None, batch, tokenizer, 10, prefix_weight=2.0, prefix_tokens=5)
+    expected, tokens = 0.0, []
     for prompt, text in encoded:
         with torch.no_grad():
             logits = model(torch.tensor([text]), *causal(len(text)))[0, prompt - 1:-1]
         expected += F.cross_entropy(logits, torch.tensor(text[prompt:]), reduction="sum").item()
-        answers += text[prompt:]
-    assert loss.item() == pytest.approx(expected, rel=1e-4) and targets.flatten().tolist() == answers
-    assert answers.count(tokenizer.end_id) == 3
-    assert prefix.item() == pytest.approx(expected, rel=1e-4)           # the same tokens, asked for by another name
-
-
-def test_ground_truth_for_several_slots():
-    """Slot j's target is the j-th token behind the anchor; behind the text's end the end, behind a cut nothing."""
-    whole, short = (2, [10, 11, 12, 13, 14, 2]), (2, [20, 21, 22, 23])              # the second was cut at --seq-len
-    batch = make_batch([whole, short], 3, 0, 2, 99, 2, torch.device("cpu"), prefix=True)
-    assert batch.slots[1][:, 0].tolist() == [1, 3, 1]
-    assert batch.truth.tolist() == [[12, 13, 14], [14, 2, 2], [22, 23, -100]]
-    assert batch.next_token.tolist() == [12, 13, 14, 2, 22, 23]
+        tokens += text[prompt:]
+    assert loss.item() == pytest.approx(expected / 10, rel=1e-4)
+    assert seen.targets.flatten().tolist() == tokens and tokens.count(tokenizer.end_id) == 3
+    # the prefix loss is about the same tokens, by another name
+    assert both.item() == pytest.approx(expected / 10 + 2 * expected / 5, rel=1e-4)
 
 
 def test_pretraining_from_random_weights(tmp_path):
-    """A few steps: it learns, saves an ordinary checkpoint without a mask token, resumes bit-equal, and can be distilled."""
-    common = ("--preset", "pretrain-tiny", "--batch-size", 8, "--lr", 3e-3, "--warmup", 2, "--cooldown", 0, "--log-every", 1,
-              "--eval-every", 6, "--eval-prompts", 2, "--eval-tokens", 4)
-    run_train(*common, "--steps", 6, "--out", tmp_path / "whole")
-    run_train(*common, "--steps", 3, "--out", tmp_path / "parts")
+    """A few steps: it learns, saves an ordinary checkpoint, resumes bit-equal, can be distilled."""
+    common = ("--preset", "pretrain-tiny", "--batch-size", 8, "--lr", 3e-3, "--warmup", 2,
+              "--cooldown", 0, "--log-every", 1, "--eval-every", 6, "--eval-prompts", 2,
+              "--max-new-tokens", 4)
+    run_train(*common, "--steps", 6, "--save-every", 3, "--out", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "step-3", tmp_path / "parts" / "step-3")
+    (tmp_path / "parts" / "latest").symlink_to("step-3")
     run_train(*common, "--steps", 6, "--out", tmp_path / "parts", "--resume")
-    rows = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
-    losses = [row["loss"] for row in rows if row["event"] == "train"]
-    assert 6.5 < losses[0] < 7.2 and losses[-1] < losses[0] - 0.5                  # ln 906 = 6.8
-    whole, parts = (Transformer.from_pretrained(tmp_path / name / "latest") for name in ("whole", "parts"))
+    losses = [row["loss"] for row in log_rows(tmp_path / "whole", "train")]
+    assert 6.5 < losses[0] < 7.2 and losses[-1] < losses[0] - 0.5       # ln 906 = 6.8
+    whole, parts = (Transformer.from_pretrained(tmp_path / name / "latest")
+                    for name in ("whole", "parts"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
     assert whole.config.vocab_size == 906 and "nanomtp" not in whole.config.raw
-    assert read_json(tmp_path / "whole" / "latest" / "tokenizer.json") == read_json(FOLDER / "tokenizer.json")
-    assert all("accuracy_k1" in row and "accuracy" not in row for row in rows if row["event"] == "eval")
-    run_train("--model", tmp_path / "whole", "--k", 3, "--steps", 1, "--batch-size", 2, "--eval-every", 0,
-              "--out", tmp_path / "distilled")
+    latest = tmp_path / "whole" / "latest"
+    assert read_json(latest / "tokenizer.json") == read_json(FOLDER / "tokenizer.json")
+    for row in log_rows(tmp_path / "whole", "eval"):
+        assert "accuracy_k1" in row and "accuracy" not in row
+    train_briefly(tmp_path / "distilled", "--model", tmp_path / "whole", "--k", 3)
     distilled = Transformer.from_pretrained(tmp_path / "distilled" / "latest")
-    assert distilled.config.vocab_size == 907 and distilled.config.raw["nanomtp"]["data"] == "wordproblems"
-
-
-def test_nothing_to_distil(tmp_path):
-    with pytest.raises(InputError, match="ground-truth"):
-        run_train("--k", 1, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert distilled.config.vocab_size == 907
+    assert distilled.config.raw["nanomtp"]["data"] == "wordproblems"

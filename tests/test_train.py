@@ -151,17 +151,27 @@ def test_a_step_from_its_definition(tiny, sums, monkeypatch, settings):
 
 
 def test_a_step_is_computed_once_and_logged(common, sums, tmp_path, monkeypatch):
-    """log.jsonl has what the step returned; config.json, what decoding needs to know."""
-    steps, real = [], training.training_step
+    """log.jsonl has what the step returned; config.json, what decoding needs to know.
 
-    def spy(step, *rest):
+    And each step draws its rows, once, from the first five.
+    """
+    steps, drawn_from, real = [], [], training.training_step
+
+    def step_spy(step, *rest):
         steps.append((step, real(step, *rest)))
         return steps[-1][1]
 
-    monkeypatch.setattr(training, "training_step", spy)
+    def rows_spy(train, *rest):
+        drawn_from.append(train)
+        return draw_rows(train, *rest)
+
+    monkeypatch.setattr(training, "training_step", step_spy)
+    monkeypatch.setattr(training, "draw_rows", rows_spy)
     out = tmp_path / "out"
-    run_train(*common, "--steps", 4, "--bidirectional", "--log-every", 2, "--out", out)
+    run_train(*common, "--steps", 4, "--limit", 5, "--bidirectional", "--log-every", 2,
+              "--out", out)
     assert [number for number, _ in steps] == [0, 1, 2, 3]
+    assert drawn_from == [load_data(str(sums), 2, 0)[0][:5]] * 4
     for row, (number, step) in zip(log_rows(out, "train"), steps[1::2], strict=True):
         assert row.pop("event") == "train" and row.pop("minutes") >= 0
         assert row == {"step": number + 1} | step._asdict() and step.lr == 2e-4

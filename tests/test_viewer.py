@@ -1,9 +1,9 @@
 """
-The page to play with. Its numbers: what the replay finds in each pass against what decoding emitted, and against one plain
-forward pass for each of them. Its text: whatever a prompt spells stays text. And the page in a browser, where one is
-installed: Chromium, moved by its own debugging protocol over two pipes, so that keys and mouse are those of a user.
+The page to play with. Its numbers: what the replay finds in each pass against what decoding
+emitted, and against one plain forward pass for each. Its text: whatever a prompt spells stays text.
+And the page in a browser, where one is installed: Chromium, moved by its own debugging protocol
+over two pipes, so that keys and mouse are those of a user. (What it refuses is in test_cli.py.)
 """
-import base64
 import fcntl
 import itertools
 import json
@@ -19,56 +19,66 @@ import time
 import pytest
 import torch
 from conftest import train_briefly
-from test_cli import assert_refused, cli, everything_under
+from test_cli import cli
 
-from extras import viewer
-from extras.machine import machine
-from extras.report import chunks_of
+from common.files import read_json
+from common.machine import machine
+from common.report import chunks_of
 from sample import accept, generate, load
+from studies import viewer
 
-ATTACK = ("</script><script>document.title = 'owned'</script><img src=x onerror='document.title = 1'> "
-          "<!-- {{DATA}} & \u2028 \U0001f600")
+ATTACK = ("</script><script>document.title = 'owned'</script>"
+          "<img src=x onerror='document.title = 1'> <!-- {{DATA}} & \u2028 \U0001f600")
 QUESTION = "A farmer has 12 cows and buys 5 more. How many cows does she have?"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A checkpoint with k_max = 3, two steps away from the tiny model: slot 1 answers well, the masks guess."""
+    """k_max = 3, two steps away from the tiny model: slot 1 answers well, mask tokens guess."""
     return train_briefly(tmp_path_factory.mktemp("trained") / "out", "--k", 3, "--lr", 1e-4)
+
+
+def loaded(trained):
+    """(model, tokenizer)"""
+    return load(trained, "cpu", torch.float32)[:2]
 
 
 @pytest.fixture(scope="module")
 def written(trained, tmp_path_factory):
-    """(the page, its data) for two prompts at a threshold that keeps some guesses and drops others."""
+    """(the page, its data) for two prompts, at a threshold that drops some guesses."""
     out = tmp_path_factory.mktemp("page") / "page.html"
-    result = cli(viewer, QUESTION, ATTACK, "--model", trained, "--threshold", 0.9, "--max-new-tokens", 24, "--out", out)
+    result = cli(viewer, QUESTION, ATTACK, "--model", trained, "--threshold", 0.9,
+                 "--max-new-tokens", 24, "--out", out)
     assert result.code == 0 and f"{out}: open it" in result.out, result
     return out, embedded(out)
 
 
 def embedded(out):
     """The data of a page."""
-    return json.loads(re.search(r'type="application/json">(.*?)</script>', out.read_text(encoding="utf-8"), re.DOTALL)[1])
+    html = out.read_text(encoding="utf-8")
+    return json.loads(re.search(r'type="application/json">(.*?)</script>', html, re.DOTALL)[1])
 
 
-# --- the replay
+# --------------------------------------------------------------------------------------------------
+# The replay
 
 @torch.inference_mode()
 def plain_pass(model, ids, k, mask_id):
-    """The slow reference: the text and k - 1 masks in one ordinary causal pass. (k, V) probabilities."""
+    """The slow reference: text and k - 1 mask tokens in a causal pass. (k, V) probabilities."""
     fed = torch.tensor([ids + [mask_id] * (k - 1)])
     n = fed.shape[1]
-    logits = model(fed, torch.arange(n)[None], torch.ones(n, n, dtype=torch.bool).tril())[0, -k:].float()
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    logits = model(fed, torch.arange(n)[None], causal)[0, -k:].float()
     logits[:, mask_id] = -torch.inf
     return logits.softmax(dim=-1)
 
 
-@pytest.mark.parametrize("k, threshold", [(1, None), (2, None), (3, None), (3, 0.9)])
+@pytest.mark.parametrize("k, threshold", [(1, None), (3, None), (3, 0.9)])
 def test_replay_is_what_decoding_saw(k, threshold, trained):
-    """Kept tokens, their confidences, and that the first one dropped was not confident enough, are all in the replay."""
-    model, tokenizer, _ = load(trained, "cpu", torch.float32)
+    """Kept tokens and their confidences; and what was dropped was not confident enough."""
+    model, tokenizer = loaded(trained)
     prompts = [tokenizer.prompt(question, "plain") for question in (QUESTION, "How many?")]
-    results = generate(model, prompts, k, threshold, tokenizer.mask_id, tokenizer.stop_ids, 40)
+    results = generate(model, tokenizer, prompts, k, threshold, 40)
     dropped = 0
     for prompt, result in zip(prompts, results):
         passes = viewer.passes_of(model, prompt, result, k, tokenizer.mask_id, at_once=7)
@@ -76,10 +86,12 @@ def test_replay_is_what_decoding_saw(k, threshold, trained):
         confidences = iter(result.confidences)
         for n, (chunk, slots) in enumerate(zip(chunks_of(result), passes)):
             for token, best in zip(chunk, slots):
-                assert token == best[0][0] or best[0][1] - dict(best)[token] < 1e-4             # a near-tie
-                assert dict(best)[token] == pytest.approx(next(confidences), abs=1e-4)
-                assert [p for _, p in best] == sorted((p for _, p in best), reverse=True) and len(best) == 5
-            if n < result.passes - 1:                                                           # the last one may be cut
+                p = dict(best)[token]
+                assert token == best[0][0] or best[0][1] - p < 1e-4             # a near-tie
+                assert p == pytest.approx(next(confidences), abs=1e-4)
+                descending = sorted((p for _, p in best), reverse=True)
+                assert [p for _, p in best] == descending and len(best) == 5
+            if n < result.passes - 1:                                       # the last may be cut
                 sure = torch.tensor([[best[0][1] for best in slots]])
                 assert accept(sure, threshold).tolist() == [len(chunk)]
                 dropped += k - len(chunk)
@@ -88,60 +100,71 @@ def test_replay_is_what_decoding_saw(k, threshold, trained):
 
 def test_replay_is_a_plain_pass(trained):
     """One forward pass over all regions gives what one causal pass for each gives."""
-    model, tokenizer, _ = load(trained, "cpu", torch.float32)
+    model, tokenizer = loaded(trained)
     prompt = tokenizer.prompt(QUESTION, "plain")
-    result, = generate(model, [prompt], 3, 0.9, tokenizer.mask_id, tokenizer.stop_ids, 12)
-    ends = itertools.accumulate(result.chunks, initial=0)
-    for end, slots in zip(ends, viewer.passes_of(model, prompt, result, 3, tokenizer.mask_id)):
+    result, = generate(model, tokenizer, [prompt], 3, 0.9, 12)
+    passes = viewer.passes_of(model, prompt, result, 3, tokenizer.mask_id)
+    for end, slots in zip(itertools.accumulate(result.chunks, initial=0), passes):
         slow = plain_pass(model, prompt + result.tokens[:end], 3, tokenizer.mask_id)
         for p, best in zip(slow, slots):
-            assert [q for _, q in best] == pytest.approx(p.topk(5).values.tolist(), abs=1e-5)
-            assert [p[i].item() for i, _ in best] == pytest.approx([q for _, q in best], abs=1e-5)
+            shown = [q for _, q in best]
+            assert shown == pytest.approx(p.topk(5).values.tolist(), abs=1e-5)
+            assert shown == pytest.approx([p[i].item() for i, _ in best], abs=1e-5)
 
 
 def test_replay_bidirectional(trained):
-    """Where masks see each other decoding and replay agree as well, and on other numbers."""
-    model, tokenizer, _ = load(trained, "cpu", torch.float32)
-    prompt, passes = tokenizer.prompt(QUESTION, "plain"), []
+    """Where mask tokens see each other decoding and replay agree as well, on other numbers."""
+    model, tokenizer = loaded(trained)
+    tokenizer.stop_ids = set()
+    prompt, first = tokenizer.prompt(QUESTION, "plain"), []
     for bidirectional in (False, True):
         model.config.raw["nanomtp"]["bidirectional"] = bidirectional
-        result, = generate(model, [prompt], 3, None, tokenizer.mask_id, (), 9)
-        passes.append(viewer.passes_of(model, prompt, result, 3, tokenizer.mask_id))
-        assert [best[0][1] for slots in passes[-1] for best in slots] == pytest.approx(result.confidences, abs=1e-4)
-    first, second = passes[0][0], passes[1][0]
-    assert first[0] == second[0] and first[1] != second[1]      # slot 1 stands on text; mask 1 now sees mask 2
+        result, = generate(model, tokenizer, [prompt], 3, None, 9)
+        passes = viewer.passes_of(model, prompt, result, 3, tokenizer.mask_id)
+        shown = [best[0][1] for slots in passes for best in slots]
+        assert shown == pytest.approx(result.confidences, abs=1e-4)
+        first.append(passes[0])
+    causal, both = first
+    assert causal[0] == both[0] and causal[1] != both[1]    # slot 1 stands on text, slot 2 does not
 
 
-# --- the file
+# --------------------------------------------------------------------------------------------------
+# The file
 
 def test_page_holds_every_token(trained, written):
     """Both runs of both prompts: text, chunks, confidences."""
     _, data = written
-    model, tokenizer, _ = load(trained, "cpu", torch.float32)
-    assert [entry["text"] for entry in data["prompts"]] == [QUESTION, ATTACK] and data["model"] == "out"
+    model, tokenizer = loaded(trained)
+    assert [entry["text"] for entry in data["prompts"]] == [QUESTION, ATTACK]
+    assert data["model"] == "out"
     for entry in data["prompts"]:
         prompt = tokenizer.prompt(entry["text"], "plain")
-        assert [(run["name"], run["k"], run["threshold"]) for run in entry["runs"]] == [("k = 1", 1, None),
-                                                                                        ("adaptive 0.9", 3, 0.9)]
+        assert [(run["name"], run["k"], run["threshold"]) for run in entry["runs"]] == [
+            ("k = 1", 1, None), ("adaptive 0.9", 3, 0.9)]
+        assert entry["runs"][0]["note"] == "plain greedy decoding"
         for run in entry["runs"]:
-            result, = generate(model, [prompt], run["k"], run["threshold"], tokenizer.mask_id, tokenizer.stop_ids, 24)
+            result, = generate(model, tokenizer, [prompt], run["k"], run["threshold"], 24)
             assert [one["kept"] for one in run["passes"]] == result.chunks
             kept = [slot for one in run["passes"] for slot in one["slots"][:one["kept"]]]
             assert [slot["p"] for slot in kept] == pytest.approx(result.confidences, abs=1e-4)
-            assert [slot["name"] for slot in kept] == [viewer.spell(tokenizer, token) for token in result.tokens]
-            assert all(slot["name"] == slot["top"][slot["rank"] - 1][0] for one in run["passes"] for slot in one["slots"])
-            assert all(len(one["slots"]) == run["k"] for one in run["passes"])
-    assert [run["note"] for run in data["prompts"][0]["runs"]][0] == "plain greedy decoding"
+            names = [viewer.spell(tokenizer, token) for token in result.tokens]
+            assert [slot["name"] for slot in kept] == names
+            for one in run["passes"]:
+                assert len(one["slots"]) == run["k"]
+                for slot in one["slots"]:
+                    assert slot["name"] == slot["top"][slot["rank"] - 1][0]
 
 
 def test_texts(trained):
-    """Joined they are the text, but for control tokens, which are named, and the places where characters are cut."""
-    tokenizer = load(trained, "cpu", torch.float32)[1]
+    """Joined they are the text, but control tokens are named, and half characters are shown so."""
+    tokenizer = loaded(trained)[1]
     ids = tokenizer.encode("caf\u00e9 \U0001f600\n") + [tokenizer.end_id]
     added = viewer.texts(tokenizer, ids)
-    assert "".join(added).replace("\u2026", "") == "caf\u00e9 \U0001f600\n<|im_end|>" and len(added) == len(ids)
-    assert added.count("\u2026") == sum("\\x" in viewer.spell(tokenizer, i) for i in ids) - 2        # two characters cut
-    assert viewer.texts(tokenizer, ids[:-3])[-1] == "\ufffd"                                         # the end of the answer
+    assert len(added) == len(ids)
+    assert "".join(added).replace("\u2026", "") == "caf\u00e9 \U0001f600\n<|im_end|>"
+    pieces = sum("\\x" in viewer.spell(tokenizer, i) for i in ids)
+    assert added.count("\u2026") == pieces - 2                          # two characters were cut
+    assert viewer.texts(tokenizer, ids[:-3])[-1] == "\ufffd"            # the answer ends in one
     assert viewer.spell(tokenizer, 10 ** 6) == "id 1000000"
     assert viewer.spell(tokenizer, tokenizer.encode("\x1b")[0]) == "?"
 
@@ -150,87 +173,67 @@ def test_page_needs_nothing_and_runs_nothing(written):
     """No address to fetch from, and no element that a prompt has opened."""
     html = written[0].read_text(encoding="utf-8")
     empty = viewer.TEMPLATE.read_text(encoding="utf-8")
-    assert html.count("<") == empty.count("<") and html.count("{{DATA}}") == 1          # the one in the prompt
-    assert not re.search(r"https?:|//[a-z]|\bsrc=|url\(|@import|innerHTML|insertAdjacent|document\.write", empty)
+    assert html.count("<") == empty.count("<")
+    assert html.count("{{DATA}}") == 1                                  # the one in the prompt
+    dangerous = r"https?:|//[a-z]|\bsrc=|url\(|@import|innerHTML|insertAdjacent|document\.write"
+    assert not re.search(dangerous, empty)
     assert "default-src 'none'" in empty
 
 
 def test_static_and_plain(trained, tiny, tmp_path):
-    """--k alone is static; with k = 1, asked for or all that a model can do, there is one column."""
-    flags = ("--max-new-tokens", 5, "--out", tmp_path / "a.html")
+    """--k alone is static; with k = 1, asked for or all that a model can do, one column."""
     names = []
-    for more in (("--model", trained, "--k", 2), ("--model", trained, "--k", 1), ("--model", tiny, "--threshold", 0.5)):
-        result = cli(viewer, *flags, *more)
-        assert result.code == 0 and ("has not been trained" in result.out) == (more[1] == tiny)
-        names.append([run["name"] for run in embedded(tmp_path / "a.html")["prompts"][0]["runs"]])
+    for flags in (("--model", trained, "--k", 2), ("--model", trained, "--k", 1),
+                  ("--model", tiny, "--threshold", 0.5)):
+        result = cli(viewer, *flags, "--max-new-tokens", 5, "--out", tmp_path / "a.html")
+        assert result.code == 0 and ("has not been trained" in result.out) == (flags[1] == tiny)
+        runs = embedded(tmp_path / "a.html")["prompts"][0]["runs"]
+        names.append([run["name"] for run in runs])
     assert names == [["k = 1", "static 2"], ["k = 1"], ["k = 1"]]
-    assert os.listdir(tmp_path) == ["a.html"]                                           # no temporary file stays
+    assert os.listdir(tmp_path) == ["a.html"]                           # no temporary file stays
 
 
 def test_what_it_shows_is_kept(trained, tmp_path):
     """--json: the page can be drawn from it again."""
     out, kept = tmp_path / "a.html", tmp_path / "a.json"
-    assert cli(viewer, "--model", trained, "--max-new-tokens", 5, "--out", out, "--json", kept).code == 0
-    record = json.loads(kept.read_text(encoding="utf-8"))
+    result = cli(viewer, "--model", trained, "--max-new-tokens", 5, "--out", out, "--json", kept)
+    assert result.code == 0, result
+    record = read_json(kept)
     assert {"commit", "command", "device"} <= record.keys()
-    assert viewer.page({name: record[name] for name in ("model", "prompts")}) == out.read_text(encoding="utf-8")
-    before = out.read_bytes()
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
-    os.symlink("/dev/full", tmp_path / ".b.json.tmp")                   # where it is written first
-    result = cli(viewer, "--model", trained, "--max-new-tokens", 4, "--out", out, "--json", tmp_path / "b.json")
-    assert result.code == 2 and f"cannot write {tmp_path / 'b.json'}" in result.err and out.read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["a.html", "a.json"]
+    shown = {name: record[name] for name in ("model", "prompts")}
+    assert viewer.page(shown) == out.read_text(encoding="utf-8")
 
 
 def test_the_command_of_a_log_can_be_pasted(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["somewhere/extras/viewer.py", "How many?", "--k", "3"])
+    monkeypatch.setattr(sys, "argv", ["somewhere/studies/viewer.py", "How many?", "--k", "3"])
     command = machine(torch.device("cpu"))["command"]
-    assert shlex.split(command) == ["python", "-m", "extras.viewer", "How many?", "--k", "3"]
+    assert shlex.split(command) == ["python", "-m", "studies.viewer", "How many?", "--k", "3"]
 
 
-FLAGS = "help prompt-format seed k threshold max-new-tokens model out json cache device dtype"
-
-
-def test_help_names_every_flag():
-    result = cli(viewer, "--help")
-    heads = re.findall(r"^  ((?:-h, )?--.*?)(?:  +.*)?$", result.out, re.MULTILINE)
-    assert {flag for head in heads for flag in re.findall(r"--([a-z-]+)", head)} == set(FLAGS.split())
-    assert "python -m extras.viewer" in result.out
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--nosuch"], "--nosuch"), (["--k", "4"], "1 to 3"), (["--k", "0"], "--k 0"),
-    (["--threshold", "nan"], "--threshold nan"), (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-    (["--model", "nosuch"], "'nosuch'"), (["--device", "nosuch"], "'nosuch'"), (["--dtype", "fp8"], "fp8"),
-    (["--prompt-format", "jinja"], "jinja"), (["--out", "{tmp}"], "it is a folder"),
-    (["--out", "{tmp}/no/a.html"], "no folder {tmp}/no"), (["--json", "{tmp}/no/a.json"], "no folder {tmp}/no"),
-    (["word " * 600], "does not fit the model's context of 512 tokens")], ids=lambda value: str(value)[:30])
-def test_refusals(flags, message, trained, tmp_path):
-    flags = [flag.format(tmp=tmp_path) for flag in flags]
-    assert_refused(cli(viewer, "--model", trained, "--out", tmp_path / "a.html", *flags), message.format(tmp=tmp_path))
-    assert not everything_under(tmp_path)
-
-
-# --- in a browser
+# --------------------------------------------------------------------------------------------------
+# In a browser
 
 class Browser:
-    """A headless Chromium that reads commands of the DevTools protocol from descriptor 3 and answers on 4."""
+    """A headless Chromium: DevTools commands go to its descriptor 3, answers come from its 4."""
 
     def __init__(self, program, profile):
         inward, self.commands = os.pipe()
         self.answers, outward = os.pipe()
-        theirs = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (inward, outward)]    # clear of 3 and 4
+        # clear of 3 and 4
+        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (inward, outward)]
         self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]}', "bash", program, "--headless", "--no-sandbox",
-             "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe",
+            ["bash", "-c", f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]}', "bash", program,
+             "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+             "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe",
              f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=theirs, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for descriptor in (inward, outward, *theirs):
-            os.close(descriptor)
+            pass_fds=theirs, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL)
+        for end in (inward, outward, *theirs):
+            os.close(end)
         self.buffer, self.number, self.session, self.events = b"", itertools.count(1), {}, []
         target = self("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        attached = self("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
         for domain in ("Page", "Runtime", "Network"):
             self(f"{domain}.enable")
 
@@ -242,7 +245,8 @@ class Browser:
         deadline = time.monotonic() + 120
         while True:
             while b"\0" not in self.buffer:
-                ready, _, _ = select.select([self.answers], [], [], max(0, deadline - time.monotonic()))
+                left = max(0, deadline - time.monotonic())
+                ready, _, _ = select.select([self.answers], [], [], left)
                 more = os.read(self.answers, 2 ** 20) if ready else b""
                 if not more:
                     self.process.kill()
@@ -262,7 +266,7 @@ class Browser:
         return reply["result"].get("value")
 
     def open(self, address):
-        self("Page.navigate", url="about:blank")                    # or a changed fragment would not load the page anew
+        self("Page.navigate", url="about:blank")        # else a changed fragment loads nothing anew
         self("Page.navigate", url=address)
         self.until("location.href.startsWith('file') && document.readyState === 'complete'")
 
@@ -276,18 +280,14 @@ class Browser:
         for kind in ("rawKeyDown", "keyUp"):
             self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
-    def mouse(self, x, y, *kinds):
-        for kind in kinds:
-            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, **({} if kind == "mouseMoved" else
-                                                                     {"button": "left", "clickCount": 1}))
+    def move_mouse(self, x, y):
+        self("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def screen(self, width, height, scheme="light"):
-        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
-        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-
-    def screenshot(self, path):
-        """For people: no test looks at it."""
-        path.write_bytes(base64.b64decode(self("Page.captureScreenshot")["data"]))
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+             mobile=width < 500)
+        wanted = {"name": "prefers-color-scheme", "value": scheme}
+        self("Emulation.setEmulatedMedia", features=[wanted])
 
     def close(self):
         self.process.terminate()
@@ -304,26 +304,31 @@ def browser(tmp_path_factory):
         pytest.skip(f"no browser: none of {', '.join(names)} is installed")
     try:
         started = Browser(program, tmp_path_factory.mktemp("profile"))
-    except (OSError, ConnectionError) as error:                     # such as the stub of a package that cannot run here
+    except (OSError, ConnectionError) as error:         # such as a package's stub, which cannot run
         pytest.skip(f"{program} is installed and does not start: {error}")
     yield started
     started.close()
 
 
-SHOWN = """[...document.querySelectorAll('section')].map(column => [...column.querySelectorAll('.token')]
-             .filter(token => token.checkVisibility({visibilityProperty: true}))
-             .map(token => [token.closest('.drafts') !== null, token.info.slot.name]))"""
+SHOWN = """
+    [...document.querySelectorAll('section')].map(column =>
+        [...column.querySelectorAll('.token')]
+            .filter(token => token.checkVisibility({visibilityProperty: true}))
+            .map(token => [token.closest('.drafts') !== null, token.info.slot.name]))"""
 
 
 def expected(run, passes):
     """What a column should show after so many passes: [is it a draft, name] of each token."""
-    tokens = [[False, slot["name"]] for one in run["passes"][:passes] for slot in one["slots"][:one["kept"]]]
-    current = run["passes"][passes - 1] if 0 < passes <= len(run["passes"]) else {"slots": [], "kept": 0}
-    return tokens + [[True, slot["name"]] for slot in current["slots"][current["kept"]:]]
+    tokens = [[False, slot["name"]] for one in run["passes"][:passes]
+              for slot in one["slots"][:one["kept"]]]
+    if 0 < passes <= len(run["passes"]):
+        current = run["passes"][passes - 1]
+        tokens += [[True, slot["name"]] for slot in current["slots"][current["kept"]:]]
+    return tokens
 
 
 def test_page_replays(browser, written):
-    """The address, the slider's arrow keys and the buttons decide what both columns show, and what the counters say."""
+    """Address, arrow keys and buttons decide what both columns show, and what counters say."""
     out, data = written
     runs = data["prompts"][0]["runs"]
     last, first_done = (len(run["passes"]) for run in runs)
@@ -332,7 +337,7 @@ def test_page_replays(browser, written):
     browser.open(f"{out.as_uri()}#pass=3")
     assert browser.js("document.querySelector('#prompt').textContent") == QUESTION
     assert browser.js(SHOWN) == [expected(run, 3) for run in runs]
-    assert any(draft for draft, _ in expected(runs[1], 3))                              # or there was little to see
+    assert any(draft for draft, _ in expected(runs[1], 3))              # or there was little to see
     browser.js("document.querySelector('#slider').focus()")
     browser.press("ArrowRight", 39)
     assert browser.js(SHOWN) == [expected(run, 4) for run in runs]
@@ -340,27 +345,34 @@ def test_page_replays(browser, written):
     assert browser.js(SHOWN) == [[], []]
     browser.js("document.querySelector('#next').click()")
     assert browser.js(SHOWN) == [expected(run, 1) for run in runs]
-    browser.js("document.querySelector('#play').click()")                               # until the right column is done
+
+    browser.js("document.querySelector('#play').click()")               # until the right is done
     browser.until(f"document.querySelector('#slider').valueAsNumber >= {first_done}")
     browser.js("document.querySelector('#play').click()")
-    at = browser.js("document.querySelector('#slider').valueAsNumber")
-    assert browser.js(SHOWN) == [expected(run, at) for run in runs]
-    counters = browser.js("[...document.querySelectorAll('.race output')].map(o => o.textContent)")
+    now = browser.js("document.querySelector('#slider').valueAsNumber")
+    assert browser.js(SHOWN) == [expected(run, now) for run in runs]
+    left, right = browser.js(
+        "[...document.querySelectorAll('.race output')].map(o => o.textContent)")
     tokens = sum(one["kept"] for one in runs[1]["passes"])
-    assert counters[1] == f"{tokens} tokens / {first_done} passes = {tokens / first_done:.2f} per forward \u2714 done"
-    assert ("done" in counters[0]) == (at == last) and counters[0].startswith(f"{at} tokens / {at} passes = 1.00")
-    browser.open(out.as_uri())                                                          # without an address: all of it
+    rate = tokens / first_done
+    assert right == f"{tokens} tokens / {first_done} passes = {rate:.2f} per forward \u2714 done"
+    assert left.startswith(f"{now} tokens / {now} passes = 1.00")
+    assert ("done" in left) == (now == last)
+
+    browser.open(out.as_uri())                                          # no fragment: all of it
     assert browser.js(SHOWN) == [expected(run, last) for run in runs]
     chunk = "getComputedStyle(document.querySelectorAll('section:last-child .chunk')[{}])"
     colours = {browser.js(f"{chunk.format(i)}.backgroundColor") for i in (0, 1)}
-    assert len(colours) == 2 and browser.js(f"{chunk.format(0)}.borderTopWidth") == "1px"
+    assert len(colours) == 2
+    assert browser.js(f"{chunk.format(0)}.borderTopWidth") == "1px"
 
 
 def test_page_tells_a_tokens_story(browser, written):
-    """Mouse, keyboard and address lead to the same: confidence, rank, slot, pass, and the alternatives."""
+    """Mouse, keyboard and address lead to the same: confidence, rank, slot, pass, alternatives."""
     out, data = written
     run = data["prompts"][0]["runs"][1]
-    slots = [(n, j, slot) for n, one in enumerate(run["passes"]) for j, slot in enumerate(one["slots"][:one["kept"]])]
+    slots = [(n, j, slot) for n, one in enumerate(run["passes"])
+             for j, slot in enumerate(one["slots"][:one["kept"]])]
 
     def facts():
         return browser.js("document.querySelector('#details').textContent")
@@ -370,74 +382,99 @@ def test_page_tells_a_tokens_story(browser, written):
         text = facts()
         assert f"confidence {slot['p']:.3f}, rank {slot['rank']}" in text
         assert f"pass {n + 1}, slot {j + 1} of 3; token {index + 1} of the answer" in text
-        assert browser.js("[...document.querySelectorAll('#top li')].map(l => l.lastChild.textContent)") == [
-            f"{p:.3f}" for _, p in slot["top"]]
+        top = browser.js(
+            "[...document.querySelectorAll('#top li')].map(l => l.lastChild.textContent)")
+        assert top == [f"{p:.3f}" for _, p in slot["top"]]
 
+    browser.screen(1200, 900)
     browser.open(f"{out.as_uri()}#run=2&token=5")
     check(4)
-    x, y = browser.js("(b => [b.x + b.width / 2, b.y + b.height / 2])(runs[1].tokens[7].element.getBoundingClientRect())")
-    browser.mouse(x, y, "mouseMoved")
+    x, y = browser.js("(b => [b.x + b.width / 2, b.y + b.height / 2])"
+                      "(runs[1].tokens[7].element.getBoundingClientRect())")
+    browser.move_mouse(x, y)
     check(7)
-    browser.mouse(0, 0, "mouseMoved")
-    check(7)                                                                            # it stays for reading
+    browser.move_mouse(0, 0)
+    check(7)                                                            # it stays for reading
     browser.js("runs[1].tokens[0].element.focus()")
     check(0)
     browser.press("Tab", 9)
     check(1)
     assert browser.js("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    browser.until("location.hash === `#prompt=1&pass=${last}&run=2&token=2`")           # the address follows
+    browser.until("location.hash === `#prompt=1&pass=${last}&run=2&token=2`")    # it follows
     browser.js("location.hash = '#pass=3'")
     browser.until("pass === 3")
     browser.js("document.querySelector('.drafts:not([hidden]) .token').focus()")
-    assert "not kept: below the threshold 0.9" in facts()
+    assert "below the threshold 0.9" in facts()
 
 
 def test_page_keeps_text_text(browser, written):
-    """The hostile prompt is shown letter by letter, no element of it came to be, nothing went wrong, nothing was fetched."""
+    """The hostile prompt is shown letter by letter; no element of it came to be, nothing went
+    wrong, and nothing was fetched."""
     browser.events.clear()
     browser.open(f"{written[0].as_uri()}#prompt=2")
     assert browser.js("document.querySelector('#prompt').textContent") == ATTACK
     assert browser.js("document.title") == "nanoMTP: out"
     assert browser.js("document.querySelectorAll('img').length") == 0
     assert browser.js("document.querySelectorAll('script').length") == 2
-    happened = {event["method"]: event["params"] for event in browser.events}
-    assert "Runtime.exceptionThrown" not in happened
+    assert all(event["method"] != "Runtime.exceptionThrown" for event in browser.events)
     fetched = {event["params"]["request"]["url"].split(":")[0] for event in browser.events
                if event["method"] == "Network.requestWillBeSent"}
     assert fetched <= {"file", "about", "data"}
 
 
-def test_page_draws_white_space(browser, tmp_path):
-    """A line break can be pointed at, breaks the line and ends its box; text of a model stays text, too."""
-    tokens = ["a", "\n", "b", "<i>c</i>\n\n", " ", "d\ne", "\n", "f"]
-    slots = [{"text": text, "name": text, "p": 0.5, "rank": 1, "top": [[text, 0.5]]} for text in tokens]
-    passes = [{"kept": 3, "slots": slots[:3]}, {"kept": 1, "slots": slots[3:5]}, {"kept": 2, "slots": slots[5:]}]
+def slots_of(*pairs):
+    return [{"text": text, "name": text, "p": p, "rank": 1, "top": [[text, p]]}
+            for text, p in pairs]
+
+
+def test_page_draws_white_space_and_says_why_not(browser, tmp_path):
+    """A line break can be pointed at, breaks the line and ends its box; a model's text stays text;
+    and each unkept token has its reason."""
+    passes = [
+        {"kept": 3, "slots": slots_of(("a", 0.9), ("\n", 0.9), ("b", 0.9))},
+        {"kept": 1, "slots": slots_of(("<i>c</i>\n\n", 0.9), (" ", 0.25), ("?", 0.9))},
+        {"kept": 1, "slots": slots_of(("-", 0.25), ("+", 0.9), ("*", 0.9))},
+        {"kept": 2, "slots": slots_of(("d\ne", 0.9), ("\n", 0.9), ("f", 0.75))},
+    ]
     run = {"name": "x", "note": "", "k": 3, "threshold": 0.5, "passes": passes}
+    data = {"model": "<b>", "prompts": [{"text": "", "runs": [run]}]}
     out = tmp_path / "page.html"
-    out.write_text(viewer.page({"model": "<b>", "prompts": [{"text": "", "runs": [run]}]}), encoding="utf-8")
+    out.write_text(viewer.page(data), encoding="utf-8")
     browser.screen(1200, 900)
     browser.open(f"{out.as_uri()}#pass=2")
     assert browser.js("runs[0].tokens.map(({element}) => element.textContent)") == [
-        "a", "\u21b5", "b", "<i>c</i>\u21b5\n\u21b5", "d\u21b5\ne", "\u21b5"]
+        "a", "\u21b5", "b", "<i>c</i>\u21b5\n\u21b5", "-", "d\u21b5\ne", "\u21b5"]
     assert browser.js("document.querySelector('.answer').textContent") == (
-        "a\u21b5\nb<i>c</i>\u21b5\n\u21b5\n\u2423 0.50d\u21b5\ne\u21b5\nf 0.50")
-    tops = browser.js("runs[0].tokens.map(({element}) => [...element.getClientRects()].map(box => Math.round(box.top)))")
+        "a\u21b5\nb<i>c</i>\u21b5\n\u21b5\n\u2423 0.25? 0.90-+ 0.90* 0.90d\u21b5\ne\u21b5\nf 0.75")
+    tops = browser.js("runs[0].tokens.map(({element}) => "
+                      "[...element.getClientRects()].map(box => Math.round(box.top)))")
     assert tops[0] == tops[1] and tops[2][0] > tops[1][0] and tops[2][0] == tops[3][0] < tops[3][1]
-    assert all(browser.js("runs[0].tokens.map(({element}) => element.getBoundingClientRect().width > 2)"))
-    for at, why in ((2, "below the threshold 0.5"), (3, "behind the end of the answer")):
-        browser.js(f"show({at}); document.querySelector('.drafts:not([hidden]) .token').click()")
-        assert why in browser.js("document.querySelector('#details').textContent")
+    widths = browser.js("runs[0].tokens.map(({element}) => element.getBoundingClientRect().width)")
+    assert all(width > 2 for width in widths)
+
+    below, behind = "not kept: below the threshold 0.5", "not kept: it stands behind slot {}, which"
+    for number, reasons in {2: [below, behind.format(2)], 3: [behind.format(1)] * 2,
+                            4: ["not kept: it stands behind the end of the answer"]}.items():
+        for place, reason in enumerate(reasons):
+            browser.js(f"show({number}); document.querySelectorAll("
+                       f"'.drafts:not([hidden]) .token')[{place}].click()")
+            assert reason in browser.js("document.querySelector('#details').textContent")
 
 
 def test_page_on_a_phone_and_in_the_dark(browser, written):
-    """360 px: nothing sticks out, columns stack. Dark: light letters on a dark page, black ones on every chunk."""
-    boxes = "[...document.querySelectorAll('section')].map(s => s.getBoundingClientRect()).map(b => [b.left, b.top])"
+    """360 px: nothing sticks out, columns stack. Dark: light on dark, black on every chunk."""
+    boxes = ("[...document.querySelectorAll('section')]"
+             ".map(s => s.getBoundingClientRect()).map(b => [b.left, b.top])")
     colour = "getComputedStyle(document.querySelector('{}')).{}"
-    for width, scheme, page in ((360, "light", "rgb(255, 255, 255)"), (1200, "dark", "rgb(22, 24, 28)")):
+    for width, scheme, page in ((360, "light", "rgb(255, 255, 255)"),
+                                (1200, "dark", "rgb(22, 24, 28)")):
         browser.screen(width, 740, scheme)
         browser.open(f"{written[0].as_uri()}#prompt=2&pass=3&run=2&token=2")
         assert browser.js("document.documentElement.scrollWidth") <= width
         (left, top), (right, below) = browser.js(boxes)
-        assert (left == right and top < below) if width == 360 else (left < right and top == below)
+        if width == 360:
+            assert left == right and top < below
+        else:
+            assert left < right and top == below
         assert browser.js(colour.format("body", "backgroundColor")) == page
         assert browser.js(colour.format(".chunk .token", "color")) == "rgb(0, 0, 0)"
