@@ -154,8 +154,10 @@ class KVCache:
         """Room for `capacity` tokens a row, on the model's device and in its dtype."""
         c, like = model.config, model.model.embed_tokens.weight
         shape = (batch_size, capacity, c.num_key_value_heads, c.head_dim)   # (B, capacity, G, D)
-        self.keys = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
-        self.values = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
+        # not like.new_zeros: FSDP has weights that are spread over ranks, the cache is not
+        layers = [torch.zeros(shape, dtype=like.dtype, device=like.device)
+                  for _ in range(2 * c.num_hidden_layers)]
+        self.keys, self.values = layers[::2], layers[1::2]
         self.length = torch.zeros(batch_size, dtype=torch.long, device=like.device)
 
     def next_places(self, count):

@@ -293,14 +293,12 @@ def test_at_returns_the_same_logits(model):
     everywhere = full_logits(model, ids)
     rows, columns = torch.tensor([1, 0, 0, 1]), torch.tensor([3, 19, 0, 3])
     chosen = torch.rand(2, 20, generator=torch.Generator().manual_seed(2)) < 0.3
-    for at, shape in (((rows, columns), (4, TINY_VOCAB)),
-                      ((slice(None), -1), (2, TINY_VOCAB)),
-                      (chosen, (int(chosen.sum()), TINY_VOCAB))):
-        where = (torch.arange(20).expand(2, 20), causal(20))
-        logits = model(ids, *where, at=at)
-        assert logits.shape == shape
-        close(logits, everywhere[at], atol=1e-5)
-        hidden = model(ids, *where, at=at, head=False)
+    positions = torch.arange(20).expand(2, 20)
+    for index, count in (((rows, columns), 4), ((slice(None), -1), 2), (chosen, chosen.sum())):
+        logits = model(ids, positions, causal(20), at=index)
+        assert logits.shape == (count, TINY_VOCAB)
+        close(logits, everywhere[index], atol=1e-5)
+        hidden = model(ids, positions, causal(20), at=index, head=False)
         close(hidden @ model.output_matrix.T, logits, atol=1e-5)
 
 
@@ -370,10 +368,10 @@ def test_keep_rows(model):
 @torch.no_grad()
 def test_mask_tokens_behind_the_text_change_nothing(model):
     """The text cannot see what is fed behind it, however much that sees of the text and itself."""
-    text, masks = random_ids(2, 12), torch.full((2, 5), TINY_VOCAB - 1)
+    text, behind = random_ids(2, 12), torch.full((2, 5), TINY_VOCAB - 1)
     mask, positions = causal(17), torch.arange(17).expand(2, 17)
     mask[12:, 12:] = True
-    logits = model(torch.cat((text, masks), 1), positions, mask)
+    logits = model(torch.cat((text, behind), 1), positions, mask)
     other = model(torch.cat((text, random_ids(2, 5, seed=9)), 1), positions, mask)
     assert not torch.allclose(logits[:, 12:], other[:, 12:], atol=0.1)      # they do matter
     close(logits[:, :12], full_logits(model, text), atol=1e-5)

@@ -144,7 +144,7 @@ def generators_are(rng):
 
 def test_what_trainer_pt_holds(common, tmp_path):
     """It loads without running code; the optimiser's state goes by the checkpoint's names; a
-    resumed run goes on with the random number generators of the checkpoint."""
+    resumed run has the checkpoint's random number generators, and may change how it is run."""
     out = train_briefly(tmp_path / "out", *common, "--steps", 2)
     state, shapes = trainer(out), {name: weight.shape for name, weight in weights(out).items()}
     assert (state["step"], state["args"]["lr"], state["args"]["targets"]) == (2, 2e-4, "hard")
@@ -156,7 +156,8 @@ def test_what_trainer_pt_holds(common, tmp_path):
     assert decay == {name: 0.1 if len(shape) > 1 else 0.0 for name, shape in shapes.items()}
     assert generators_are(state["rng"])
     random.random(), torch.rand(1)                                  # whatever happens in between
-    train_briefly(out, *common, "--steps", 2, "--resume")
+    train_briefly(out, *common, "--steps", 2, "--resume", "--micro-batch-size", 1, "--minutes", 9,
+                  "--eval-every", 7, "--max-new-tokens", 3, "--log-every", 2, "--save-every", 5)
     assert generators_are(state["rng"])
 
 
