@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from common import cli, parallel
-from common.answers import Answer
+from common.answers import Answer, check_prompts
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.data import load_questions
 from common.files import read_json, write_json, write_text
@@ -260,6 +260,7 @@ def main():
     is_qa = style in QA_FORMATS
     stops = args.stop if args.stop is not None else QA_STOPS if is_qa else []
     prompts = [build_prompt(tokenizer, row["question"], examples, style) for row in questions]
+    check_prompts(prompts, model)
     golds = [gold_of(row["answer"]) for row in questions]
     prose = sum(not any(c.isdigit() for c in gold) for gold in golds)
     if prose:

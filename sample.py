@@ -35,12 +35,13 @@ prompt and k - 1 mask tokens. With k = 1 this is plain decoding, one token per p
 Shapes: B rows still decoding, T fed tokens, S places in the cache, V vocabulary.
 """
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 
 from common import cli
-from common.answers import Answers
+from common.answers import Answers, check_prompts
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.data import read_questions
 from common.hub import default_model, resolve
@@ -216,6 +217,8 @@ def choose_strategy(k, threshold, k_max, lossless=None):
     """
     if k is None and threshold is None and not lossless:
         threshold = 0.9
+    if threshold is not None and not math.isfinite(threshold):
+        raise InputError(f"--threshold {threshold} is no probability")
     if k is not None and not 1 <= k <= k_max:
         raise InputError(f"--k {k}: this checkpoint was trained for 1 to {k_max} tokens per pass")
     return Strategy(k or k_max, threshold, lossless)
@@ -312,6 +315,7 @@ def main():
     strategy = choose_strategy(args.k, args.threshold, trained.get("k_max", 1), lossless or None)
     style = args.prompt_format or trained.get("prompt_format") or tokenizer.default_format
     prompts = [tokenizer.prompt(question, style) for question in questions]
+    check_prompts(prompts, model)
     ending = {"max_new_tokens": args.max_new_tokens, "stop_strings": args.stop}
     sampling = {}
     if args.temperature > 0:

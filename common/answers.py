@@ -36,6 +36,15 @@ class Answer:
         return len(self.tokens) / self.passes
 
 
+def check_prompts(prompts, model):
+    """InputError for an empty prompt, or one that leaves no room in the model's context."""
+    context = model.config.max_position_embeddings
+    for prompt in prompts:
+        if not 0 < len(prompt) < context:
+            raise InputError(f"a prompt of {len(prompt)} tokens does not fit the model's context "
+                             f"of {context} tokens")
+
+
 class Answers:
     """A batch of Answers in the making.
 
@@ -45,18 +54,15 @@ class Answers:
     """
 
     def __init__(self, model, tokenizer, prompts, max_new_tokens, stop_strings=(), on_chunk=None):
-        """Raises InputError for an empty prompt or one that leaves no room in the model's context.
+        """A batch of which nothing is written yet. Raises InputError as `check_prompts` does.
 
         prompts         lists of ids; lengths may differ
         max_new_tokens  limit per row, exact even in the middle of a chunk; the context's end is one
         stop_strings    a row also ends with the token that completes one of these
         on_chunk        called as on_chunk(row, new ids) after every pass of every row
         """
+        check_prompts(prompts, model)
         context = model.config.max_position_embeddings
-        for prompt in prompts:
-            if not 0 < len(prompt) < context:
-                raise InputError(f"a prompt of {len(prompt)} tokens does not fit the model's "
-                                 f"context of {context} tokens")
         self.tokenizer, self.on_chunk = tokenizer, on_chunk
         self.stops = [stop.encode() for stop in stop_strings]
         self.limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]

@@ -24,7 +24,7 @@ import random
 import re
 from pathlib import Path
 
-from common.cli import ArgumentParser, InputError, run
+from common.cli import ArgumentParser, InputError, at_least, run
 from common.wordproblems import WordProblems
 
 FIELDS = (("question", "answer"), ("prompt", "response"), ("query", "response"))
@@ -227,6 +227,7 @@ def main():
     add("--limit", type=int, default=3, help="rows to print (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     args = parser.parse_args()
+    at_least(args, limit=1)
     train, _ = load_data(args.data, held_out=1, seed=args.seed)
     for i in range(min(args.limit, len(train))):
         print(f"--- {i}\n{train[i]['question']}\n\n{train[i]['answer']}\n")

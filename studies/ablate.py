@@ -28,7 +28,7 @@ from pathlib import Path
 from common import cli
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.files import read_json, write_json, write_text
-from common.hub import DEFAULT_MODEL
+from common.hub import DEFAULT_MODEL, resolve
 from common.machine import machine, pick_device
 from studies import ROOT
 
@@ -212,6 +212,7 @@ def main():
     args = parser.parse_args()
     cli.at_least(args, k=3, steps=1, seeds=1, limit=1)      # k: the table has a column for static 3
     device = pick_device(args.device)
+    resolve(args.model)                                     # before anything is written
     cli.spare(args.out, args.resume)
     out = cli.output_folder(args.out)
     settings = {name: getattr(args, name) for name in ("model", "k", "steps", "limit")}

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import cli
+from common.answers import check_prompts
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.data import load_data
 from common.files import write_text
@@ -73,6 +74,8 @@ def main():
     style = args.prompt_format or tokenizer.default_format
     # not fused, unlike what sample.load returns: faster for many rows
     model = Transformer.from_pretrained(folder, pick_dtype(args.dtype, device), device)
+    prompts = [tokenizer.prompt(question, style) for question in questions]
+    check_prompts(prompts, model)
 
     # --- answer; a batch is on disk as soon as it is done
     lines = whole_lines(out, questions)
@@ -80,16 +83,15 @@ def main():
     with (cli.writing(out), open(out, "a", encoding="utf-8") as file,
           tqdm(total=len(questions), initial=len(lines), unit="answer", dynamic_ncols=True) as bar):
         for first in range(len(lines), len(questions), args.batch_size):
-            some = questions[first:first + args.batch_size]
-            prompts = [tokenizer.prompt(question, style) for question in some]
-            results = generate(model, tokenizer, prompts, max_new_tokens=args.max_new_tokens)
-            for question, result in zip(some, results):
+            some = slice(first, first + args.batch_size)
+            results = generate(model, tokenizer, prompts[some], max_new_tokens=args.max_new_tokens)
+            for question, result in zip(questions[some], results):
                 ended = result.finish == "stop"             # the stop token is no part of the text
                 tokens = result.tokens[:-1] if ended else result.tokens
                 row = {"question": question, "answer": tokenizer.decode(tokens)}
                 file.write(json.dumps(row) + "\n")
             file.flush()
-            bar.update(len(some))
+            bar.update(len(results))
             speed = sum(len(r.tokens) for r in results) / max(r.seconds for r in results)
             bar.set_postfix_str(f"{speed:.0f} tokens/s")
     print(f"{len(questions)} rows in {out}")

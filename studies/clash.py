@@ -22,7 +22,7 @@ import random
 from common import cli
 from common.cli import SWITCH, ArgumentParser
 from common.files import write_json, write_text
-from common.hub import DEFAULT_MODEL
+from common.hub import DEFAULT_MODEL, resolve
 from common.machine import machine, pick_device, pick_dtype
 from common.wordproblems import NAMES, THINGS
 from sample import generate, load
@@ -78,6 +78,7 @@ def main():
     args = parser.parse_args()
     cli.at_least(args, k=2, steps=1, limit=1)
     device = pick_device(args.device)
+    resolve(args.model)                                     # before anything is written
     dtype = pick_dtype(args.dtype, device)
     cli.spare(args.out, args.resume)
     out = cli.output_folder(args.out)

@@ -64,8 +64,8 @@ def train_tokenizer(problems, vocab_size):
 def write_start(out, problems, vocab_size):
     """Tokenizer and configuration into `out`; what else is there, such as weights, stays."""
     needs("tokenizers")
-    tokenizer = train_tokenizer(problems, vocab_size)
     out = cli.output_folder(out)
+    tokenizer = train_tokenizer(problems, vocab_size)
     write_json(out / "tokenizer.json", json.loads(tokenizer.to_str()))
     write_json(out / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False,
