@@ -72,7 +72,7 @@ def log_likelihoods(model, prompt, tokens, mask_id=None):
 
     prompt, tokens   lists of ids; one plain pass over both
     mask_id          id that is never a candidate, or None
-    returns two lists, of float and of bool
+    returns two lists, of float and of bool; the second is what studies.confidence asks for
     """
     ids = torch.tensor([prompt + tokens], device=model.device)
     n = ids.shape[1]
@@ -252,7 +252,7 @@ def main():
     name = args.model or default_model()
     trained = read_json(resolve(name) / "config.json").get("nanomtp", {})
     if args.data is None:
-        on_problems = trained.get("data") == "wordproblems" or name == "tiny"
+        on_problems = trained.get("data") == "wordproblems" or resolve(name) == resolve("tiny")
         args.data = "wordproblems" if on_problems else "gsm8k"
     questions, examples = load_questions(args.data, args.limit, args.shots, args.seed)
     model, tokenizer, _ = load(name, device, dtype)

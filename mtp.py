@@ -19,19 +19,22 @@ are both good answers, "7 books" is not. So the student is judged on what it wro
 
     1. rollout   the student reads text and mask tokens and writes y1 .. yk, each the most likely
     2. teacher   a frozen copy of the start checkpoint, an ordinary language model, reads the text
-                 and y1 .. y(k-1) in the mask tokens' places: what would *it* have written at each?
+                 with y1 .. y(k-1) instead of the mask tokens: what would *it* have written at each?
     3. loss      cross-entropy of the student's predictions against the teacher's choices
 
 If the student writes 7, the teacher, having read 7, says "apples": slot 2 has one target, and it
-fits. At first only y1 is as good as the teacher's; that gives slot 2 a context that makes sense,
-and when slot 2 has learned, slot 3's does. No gradient flows through the choice of y1 .. yk, and
+fits. Slot 1 starts out as good as the teacher, so slot 2's targets make sense from the start; once
+slot 2 has learned, slot 3's do; and so on. No gradient flows through the choice of y1 .. yk, and
 the loss uses the very pass that wrote them. No new parameters but the mask token's row, and no
 second model at decoding time.
 
-Words. *Prefix*: the real tokens in front of what is predicted. *Anchor*: the last of them.
-*Region*: one problem, an anchor and its k - 1 mask tokens. *Slot*: one of a region's k predictions;
-slot 1 is read at the anchor, slot j at mask token j - 1. The *place* of a token is its index among
-the fed ones, its *position* where it stands in the text.
+The text is a row of the data set, a question and its answer. It is only context in front of what is
+predicted: no label is taken from it.
+
+Words. *Prefix*: the real tokens in front of what is predicted (the paper's *prefix loss* trains on
+these, too). *Anchor*: the last of them. *Region*: one problem, an anchor and its k - 1 mask tokens.
+*Slot*: one of a region's k predictions; slot 1 is read at the anchor, slot j at mask token j - 1.
+The *place* of a token is its index among the fed ones, its *position* where it stands in the text.
 
 Shapes: B sequences, T text tokens (padded), R regions of a sequence, L = T + R(k-1) fed tokens,
 N regions of the batch, N * k slots, Q any number of slots, P text tokens of the prefix loss,
@@ -57,11 +60,11 @@ TEXT, PADDING = -1, -2                  # values of `region` for tokens that bel
 
 
 def choose_anchors(prompt_lengths, lengths, offset, stride):
-    """Where training puts its regions: for each of B texts, every `stride`-th token from `offset`.
+    """Where training puts its regions: for each of B texts every `stride`-th token is an anchor.
 
-    Anchors begin at the last token of the prompt, which predicts the answer's first, and end at the
-    last but one of the text: slot 1 always lies within the text, later slots may reach past it.
-    Returns B lists of int.
+    The first is `offset` tokens after the last one of the prompt, which predicts the answer's
+    first; none comes after the last but one of the text. So slot 1 always lies within the text,
+    later slots may reach past it. Returns B lists of int.
     """
     return [list(range(prompt - 1 + offset, length - 1, stride))
             for prompt, length in zip(prompt_lengths, lengths)]
@@ -93,10 +96,10 @@ def make_layout(lengths, anchors, k):
         region[b, :length] = TEXT
         for r, anchor in enumerate(own):
             first = T + r * (k - 1)
-            own_masks = slice(first, first + k - 1)                     # places of its mask tokens
-            position[b, own_masks] = anchor + torch.arange(1, k)
-            bound[b, own_masks] = anchor
-            region[b, own_masks] = r
+            mask_places = slice(first, first + k - 1)
+            position[b, mask_places] = anchor + torch.arange(1, k)
+            bound[b, mask_places] = anchor
+            region[b, mask_places] = r
             rows.append([b] * k)
             places.append([anchor, *range(first, first + k - 1)])
     slots = (torch.tensor(rows, dtype=torch.long).view(-1, k),
@@ -129,8 +132,8 @@ def attention_mask(position, region, bound, bidirectional=False):
     text_before = position[:, None, :] <= bound[:, :, None]                 # (B, L, L)
     same_region = region[:, None, :] == region[:, :, None]                  # (B, L, L)
     not_after = position[:, None, :] <= position[:, :, None]                # (B, L, L)
-    own_masks = same_region & (not_after | bidirectional)
-    return (key_is_text & text_before) | (key_is_mask & own_masks)
+    earlier_in_region = same_region & (not_after | bidirectional)           # (B, L, L)
+    return (key_is_text & text_before) | (key_is_mask & earlier_in_region)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,13 +154,13 @@ def make_batch(encoded, k, offset, stride, tokenizer, device, bidirectional=Fals
     """Encoded rows -> a Batch on `device`.
 
     encoded          B pairs (number of tokens of the prompt, ids of prompt and answer)
-    offset, stride   an anchor at every `stride`-th token of the answer, the first `offset` in
+    offset, stride   where the anchors stand, see `choose_anchors`
     bidirectional    the student's mask tokens of a region see each other both ways
     prefix           for the paper's prefix loss: ordinary next-token training on the answers, too
                      (the authors take all text tokens but anchors, the prompt's included)
     """
     end_id = tokenizer.end_id
-    mask_id = end_id if tokenizer.mask_id is None else tokenizer.mask_id    # k = 1: it has no place
+    mask_id = end_id if tokenizer.mask_id is None else tokenizer.mask_id    # k = 1: none is fed
     prompts, lengths = [prompt for prompt, _ in encoded], [len(ids) for _, ids in encoded]
     anchors = choose_anchors(prompts, lengths, offset, stride)
     position, region, bound, slots = make_layout(lengths, anchors, k)
@@ -170,23 +173,22 @@ def make_batch(encoded, k, offset, stride, tokenizer, device, bidirectional=Fals
         ids[b, :len(own)] = torch.tensor(own)
     ids[region == PADDING] = end_id
 
-    # --- what the text says at each slot: read where ground truth is the target, and only there.
-    # After a finished answer that is the end token again; after one that was cut at --seq-len
-    # nobody knows
-    known = torch.full((len(encoded), T + k), end_id)                       # (B, T + k)
+    # --- what the text says at each slot: the targets where there is no teacher. After a finished
+    # answer that is the end token again; after one that was cut at --seq-len nobody knows
+    text = torch.full((len(encoded), T + k), end_id)                        # (B, T + k)
     for b, (_, own) in enumerate(encoded):
-        known[b, :len(own)] = torch.tensor(own)
+        text[b, :len(own)] = torch.tensor(own)
         if own[-1] != end_id:
-            known[b, len(own):] = -100
+            text[b, len(own):] = -100
     row, place = slots
-    truth = known[row, place[:, :1] + torch.arange(1, k + 1)]               # (N, k)
+    truth = text[row, place[:, :1] + torch.arange(1, k + 1)]                # (N, k)
 
     # --- for the prefix loss: every token of the answers, and what predicts it
     pairs = []
     for b in range(len(encoded) if prefix else 0):
         pairs += [(b, i) for i in range(prompts[b] - 1, lengths[b] - 1)]
     predictors = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(dim=1)    # (P,) each
-    next_token = known[predictors[0], predictors[1] + 1]                            # (P,)
+    next_token = text[predictors[0], predictors[1] + 1]                             # (P,)
 
     causal = attention_mask(position, region, bound).to(device)             # (B, L, L)
     both_ways = causal
@@ -215,7 +217,7 @@ def output_layer(model, mask_id):
 
 
 @torch.no_grad()
-def most_likely(hidden, layer):
+def most_likely_of(hidden, layer):
     """Each slot's most likely token and its probability: (Q, C) -> (Q,) long and (Q,) fp32."""
     tokens, probabilities = [], []
     for portion in hidden.split(CHUNK):
@@ -229,8 +231,8 @@ def most_likely(hidden, layer):
 def hard_loss(hidden, layer, targets):
     """Sum of -log p(target), nats: (Q, C) and (Q,) long -> scalar. A target of -100 counts nothing.
 
-    Output layer and cross-entropy in one, in fp32 also under autocast (`linear_cross_entropy` is
-    new in PyTorch): logits (Q, V) never exist as a whole.
+    Output layer and cross-entropy in one, in fp32 also under autocast: logits (Q, V) never exist as
+    a whole. (`linear_cross_entropy` is new in PyTorch; requirements.txt names the version.)
     """
     matrix, bias = layer
     return F.linear_cross_entropy(
@@ -282,8 +284,8 @@ def region_loss(student, teacher, batch, tokenizer, total_slots, soft=False, slo
     """One pass of student and teacher over a Batch -> the loss, in nats, and what was Seen.
 
     teacher         the frozen start checkpoint; None: the targets are the batch's `truth`
-    total_slots     number of slots of the whole training step, of all passes and ranks: the loss is
-                    a mean over these
+    total_slots     number of slots of the whole training step, of all passes and ranks. The loss of
+                    a pass is its share of the step's mean: shares add up to it
     soft            the targets are the teacher's distributions, not its most likely tokens
     slot1_weight    of slot 1 in the sum; above 1 k = 1 stays nearer the start (not in the paper)
     prefix_weight   of the mean loss over the step's `prefix_tokens` next tokens of the text (an
@@ -299,7 +301,7 @@ def region_loss(student, teacher, batch, tokenizer, total_slots, soft=False, slo
     hidden = student(batch.ids, batch.position, batch.mask, at=read_at, head=False)
     hidden, prefix_hidden = hidden.split((N * k, len(batch.next_token)))    # (N * k, C), (P, C)
     layer = output_layer(getattr(student, "module", student), mask_id)      # DDP wraps the model
-    rollout, confidence = (x.view(N, k) for x in most_likely(hidden.detach(), layer))
+    rollout, confidence = (x.view(N, k) for x in most_likely_of(hidden.detach(), layer))
 
     # --- 2. Targets: what the teacher would have written at slot j after the student's y1 .. y(j-1)
     targets, ended = batch.truth, torch.zeros_like(rollout, dtype=torch.bool)
@@ -310,14 +312,14 @@ def region_loss(student, teacher, batch, tokenizer, total_slots, soft=False, slo
             teacher_hidden = teacher(ids, batch.position, batch.teacher_mask, at=batch.slots,
                                      head=False).flatten(0, 1)              # (N * k, C)
         teacher_layer = output_layer(teacher, mask_id)
-        targets = most_likely(teacher_hidden, teacher_layer)[0].view(N, k)
-        # After a stop token the answer is over, and the teacher has nothing to say: the target is
-        # the end token. So it is where the student stopped too early; the slot that wrote the stop
-        # is told what the teacher would have written there, as any other
+        targets = most_likely_of(teacher_hidden, teacher_layer)[0].view(N, k)
+        # Slots after a stop token of the rollout get the end token, also where the stop came too
+        # early: all they learn is that nothing follows. Whether to stop is taught at the slot that
+        # wrote it, whose target is the teacher's, as anywhere
         ended = behind_stop(rollout, tokenizer.stop_ids)
         targets = targets.masked_fill(ended, tokenizer.end_id)
 
-    # --- 3. Loss: a mean over all slots of the step
+    # --- 3. Loss: this pass's share of the mean over all slots of the step
     def sum_over(which):                                        # bool (N * k,), or slice(None): all
         if soft and teacher is not None:
             return soft_loss(hidden[which], layer, teacher_hidden[which], teacher_layer,

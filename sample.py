@@ -29,8 +29,8 @@ How many are kept:
 The cache advances over pending tokens only: what the mask tokens left in it, the next pass
 overwrites. So every pass emits 1 to k tokens and feeds at most 2k - 1; the first one feeds the
 prompt and k - 1 mask tokens. With k = 1 this is plain decoding, one token per pass, greedy or
-(--temperature) sampled. A row ends after the first stop token, which is kept, or at its limit
-(common/answers.py counts); what `--lossless` does is in speculate.py.
+(--temperature) sampled. A row ends after the first stop token, which is kept, or at its limit; the
+code for that is in common/answers.py. What `--lossless` does is in speculate.py.
 
 Shapes: B rows still decoding, T fed tokens, S places in the cache, V vocabulary.
 """
@@ -73,8 +73,8 @@ def draw(logits, temperature, top_k, top_p, generator):
         ranked[:, top_k:] = 0
     before = ranked.cumsum(dim=-1) - ranked                                 # share of likelier ones
     ranked[before >= top_p * ranked.sum(dim=-1, keepdim=True)] = 0
-    place = torch.multinomial(ranked, 1, generator=generator)               # (B, 1)
-    token = order.gather(-1, place)
+    rank = torch.multinomial(ranked, 1, generator=generator)                # (B, 1)
+    token = order.gather(-1, rank)
     return token, logits[:, 0].softmax(dim=-1).gather(-1, token)
 
 
@@ -149,7 +149,7 @@ def generate(model, tokenizer, prompts, k=1, threshold=None, max_new_tokens=256,
     pending = [list(prompt) for prompt in prompts]  # kept, but not in the cache; at first all of it
     bidirectional = sees_both_ways(model)
 
-    while answers.active:
+    while answers.active:                           # numbers of the prompts that still go on
         # --- 1. Feed each row's pending tokens and, behind them, k - 1 mask tokens
         T = max(map(len, pending)) + k - 1
         ids = [tokens + [filler] * (T - len(tokens)) for tokens in pending]
@@ -173,7 +173,7 @@ def generate(model, tokenizer, prompts, k=1, threshold=None, max_new_tokens=256,
         cache.advance(n_pending)
 
         # --- 5. Emit what was kept, cut after the first stop token or at the limit. Rows that end
-        # are dropped; for the others (`going`: their places in the batch) it is pending now
+        # are dropped; for those that go on (`going`: their indices in the batch) it is pending now
         chunks = [tokens[:n] for tokens, n in zip(candidates.tolist(), kept.tolist())]
         going = answers.add(chunks, confidence.tolist())
         cache.keep_rows(going)
@@ -204,16 +204,14 @@ class Strategy(NamedTuple):
             form = " narrow" if self.lossless == "narrow" else ""
             limit = f" at {self.threshold:g}" if self.threshold is not None else ""
             return f"lossless {self.k}{form}{limit}"
-        if self.threshold is None or self.k == 1:
-            return f"static {self.k}"
-        return f"adaptive {self.threshold:g}"
+        return f"static {self.k}" if self.threshold is None else f"adaptive {self.threshold:g}"
 
 
 def choose_strategy(k, threshold, k_max, lossless=None):
     """The Strategy that --k and --threshold ask for; either may be None. InputError for k > k_max.
 
     k alone: static k. threshold alone: adaptive, up to k_max. Both: adaptive, at most k. Neither:
-    adaptive 0.9 and, in lossless mode, where a wrong draft costs only its place, all drafts.
+    adaptive 0.9; lossless, where a wrong draft loses nothing, without a threshold.
     """
     if k is None and threshold is None and not lossless:
         threshold = 0.9
@@ -221,7 +219,8 @@ def choose_strategy(k, threshold, k_max, lossless=None):
         raise InputError(f"--threshold {threshold} is no probability")
     if k is not None and not 1 <= k <= k_max:
         raise InputError(f"--k {k}: this checkpoint was trained for 1 to {k_max} tokens per pass")
-    return Strategy(k or k_max, threshold, lossless)
+    k = k or k_max
+    return Strategy(k, None if k == 1 else threshold, lossless)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ et al. 2023, arXiv 2211.17192.)
     fed          t      d1     d2  |  M  M  |  M  M  |  M  M        wide: a region of k - 1 mask
     predicts    e1      e2     e3  | behind t behind d1 behind d2   tokens behind each of them
 
-    d1 = e1, d2 != e2:  d1 stands, e2 is the next certain token; emitted are d1 and e2. The region
-    behind d1 holds the next drafts: its mask tokens have seen t and d1, but nothing of d2.
+    d1 = e1, d2 != e2:  d1 stands, and e2 is certain; emitted are d1 and e2. The mask tokens behind
+    d1 have guessed, without seeing d2 or e2, what follows e2: in the next pass e2 is t, and these
+    guesses are d1 and d2.
 
 *Wide* has fresh drafts whatever stands, at k * k tokens a pass. *Narrow* puts mask tokens behind
 the last draft alone, 2k - 1 tokens a pass: where that one falls, the next pass has none to verify.
@@ -65,12 +66,13 @@ def lay_out(committed, n_text, anchors, W, k, bidirectional):
     region = torch.cat((text, owner), dim=1)                                            # (B, T)
     among_fed = attention_mask(position, region, bound, bidirectional)                  # (B, T, T)
 
-    # Of the cache a token sees all that is committed and, after that, what `among_fed` allows it
+    # Which fed token lies in each place of the cache? Below 0: committed before, all see it. T and
+    # above: nothing is there yet, none sees it. Between: who sees it, `among_fed` says
     T, S = position.shape[1], int(committed.max()) + position.shape[1]
-    into_pass = torch.arange(S, device=anchors.device) - committed[:, None]             # (B, S)
-    key = into_pass.clamp(0, T - 1)[:, None].expand(B, T, S)
-    mask = among_fed.gather(2, key) & (into_pass < T)[:, None]
-    return committed[:, None] + position, mask | (into_pass < 0)[:, None]
+    fed_token = torch.arange(S, device=anchors.device) - committed[:, None]             # (B, S)
+    key = fed_token.clamp(0, T - 1)[:, None].expand(B, T, S)
+    mask = among_fed.gather(2, key) & (fed_token < T)[:, None]
+    return committed[:, None] + position, mask | (fed_token < 0)[:, None]
 
 
 def verify(drafts, n_drafts, predicted):
@@ -89,7 +91,8 @@ def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, max_ne
               stop_strings=(), on_chunk=None):
     """Decode losslessly, up to k tokens per pass. Arguments and errors are `sample.generate`'s, but
 
-    threshold   limits what is drafted, by `sample.accept`; what is emitted it does not change
+    threshold   limits what is drafted, by `sample.accept`: where slot 1 was unsure, though it is
+                certain here, nothing. What is emitted it does not change
     narrow      mask tokens behind the last draft only, see the top of this file
     returns     one Answer per prompt, with `drafts`, (fed, stood) of each verifying pass
     """
@@ -103,7 +106,7 @@ def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, max_ne
 
     while answers.active:
         # --- 1. Feed the certain tokens, the drafts, and regions of mask tokens
-        text = [known + guessed for known, guessed in zip(certain, drafts)]
+        text = [sure + guessed for sure, guessed in zip(certain, drafts)]
         n_text = torch.tensor([len(own) for own in text], device=device)                # (B,)
         n_drafts = torch.tensor([len(own) for own in drafts], device=device)            # (B,)
         W, D = max(map(len, text)), max(map(len, drafts))
@@ -132,12 +135,12 @@ def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, max_ne
         cache.advance(n_text - n_drafts + stood)
 
         # --- 5. Read the slots of the last token that stands: slot 1 is the certain token, the
-        # others are the next drafts. In narrow mode they have seen all drafts, also one that fell
+        # others are the next drafts
         of_region = torch.zeros_like(stood) if narrow else stood
         first = D + 1 + of_region[:, None] * (k - 1)
         slots = torch.cat((stood[:, None], first + torch.arange(k - 1, device=device)), dim=1)
         kept = accept(confidence.gather(1, slots), threshold)                           # (B,)
-        if narrow:
+        if narrow:              # its one region has read all drafts: if one fell, draft nothing
             kept = torch.where(stood == n_drafts, kept, 1)
         candidates = predicted.gather(1, slots)                                         # (B, k)
 

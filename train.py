@@ -6,7 +6,7 @@ Teach a pretrained model to write several tokens per forward pass, by self-disti
     python train.py --preset paper --model Qwen/Qwen3-0.6B --out out-qwen               # one GPU
 
 The method is mtp.py: the student writes k tokens at once, its frozen start checkpoint, the teacher,
-says what it would have written in each place, and cross-entropy pulls the one to the other. This
+says what it would have written at each slot, and cross-entropy pulls the one to the other. This
 file is the loop around it. All weights of the student are trained; new is only the mask token's row
 of the embedding (and of an untied output matrix), so the result is an ordinary checkpoint.
 
@@ -50,8 +50,8 @@ PRESETS = {
         steps=500, cooldown=120, eval_every=50, eval_prompts=8, save_every=50),
     # The paper's model, data, k, optimiser and batch. The optimiser is what the paper's text says:
     # PyTorch's AdamW as it comes, and no clipping (the authors' config: betas .9/.95, decay .1).
-    # It feeds 160 tokens: 85 of text and 5 regions of 15 mask tokens at k = 16, 155 and 5 of one at
-    # k = 2. Here seq_len counts text alone, and stride 17 is its density at k = 16.
+    # Of the paper's 160 fed tokens 85 are text at k = 16, 155 at k = 2, with 5 regions: one per 17
+    # or 31 tokens of text. Here seq_len counts text alone, and the stride is 17 for every k.
     "paper": dict(
         model="Qwen/Qwen3-4B-Instruct-2507", data="metamath", prompt_format="plain", k=16,
         stride=17, lr=1e-5, beta2=0.999, weight_decay=0.01, clip=0, warmup=2000, cooldown=0,
@@ -73,7 +73,7 @@ def get_args():
     add("--model", default=DEFAULT_MODEL,
         help="start checkpoint: tiny, smollm2-135m, a folder or a hub id (%(default)s)")
     add("--random-init", action=SWITCH, default=False,
-        help="draw the weights anew: only config and tokenizer are --model's")
+        help="draw the student's weights anew: only config, tokenizer and teacher are --model's")
     add("--data", default="wordproblems",
         help="wordproblems, gsm8k, metamath or a JSONL file (%(default)s)")
     add("--limit", type=int, help="train on the first N rows only (a few: can it learn at all?)")
@@ -84,7 +84,7 @@ def get_args():
     add = parser.add_argument_group("multi-token prediction").add_argument
     add("--k", type=int, default=8,
         help="k_max, most tokens per pass: each step draws k in 2..k_max (%(default)s)")
-    add("--fixed-k", action=SWITCH, default=False, help="each step takes k_max itself")
+    add("--fixed-k", action=SWITCH, default=False, help="each step takes the largest k itself")
     add("--curriculum", type=int, default=0,
         help="widen k from 2 to k_max over the first N steps (%(default)s: off)")
     add("--stride", type=int, default=3,
@@ -163,8 +163,8 @@ def get_args():
 def draw_k_and_offset(step, args):
     """k uniform in 2..k_max, and the anchors' offset uniform in 0..stride-1, independently.
 
-    With --curriculum N the widest k grows from 2 to k_max over the first N steps; with --fixed-k it
-    is always k_max, as it is for --k 1. Such runs see the same offsets as those without the flag.
+    With --curriculum N the widest k grows from 2 to k_max over the first N steps. With --fixed-k it
+    is always the widest; one is drawn all the same, so that the offsets are those without the flag.
     """
     rng = random.Random(f"layout/{args.seed}/{step}")
     grown = min(1.0, step / args.curriculum) if args.curriculum else 1.0
@@ -189,7 +189,7 @@ class Step(NamedTuple):
     loss: float                     # nats: what is minimised
     slots: int                      # supervised tokens
     fed_tokens: int                 # by student and teacher each
-    agreement: list                 # per slot: share of what the student wrote that is the target
+    agreement: list                 # per slot: how often the student's token is the target
     confidence: list                # per slot: its mean probability of what it wrote
     lr: float
     gradient_norm: float            # before clipping
@@ -197,19 +197,20 @@ class Step(NamedTuple):
 
 
 def gradients(step, student, teacher, train, tokenizer, args):
-    """Add up the gradient of the mean loss over all slots of step `step`, on all ranks.
+    """Add up the gradient of step `step`, whose loss is a mean over all its slots, on all ranks.
 
     Neither the number of passes nor that of ranks changes what is computed. Returns what Step has
     up to `confidence`.
     """
     # --- 1. Every rank draws the same k, offset and rows, and takes its share of these, in passes.
-    # Gradients of ranks are averaged, and we want their sum: the weight of a pass is the number of
-    # ranks. It is 0 where a rank has run out of rows and reads one again, since FSDP needs all
-    # ranks in each pass.
+    # `deal` gives each pass a weight: the number of ranks, since DDP and FSDP average gradients
+    # over ranks and we want the sum; or 0, where a rank has run out of rows and reads one again,
+    # since FSDP needs all ranks in each pass.
     device = next(student.parameters()).device
     k, offset = draw_k_and_offset(step, args)
     rows = draw_rows(train, args.batch_size, step, args.seed)
-    encoded = encode_rows(rows, tokenizer, args.prompt_format, args.seq_len)    # too long: left out
+    # prompts that are too long are left out, answers are cut
+    encoded = encode_rows(rows, tokenizer, args.prompt_format, args.seq_len)
     encoded.sort(key=lambda row: len(row[1]))               # alike lengths share a pass
     passes = []
     for share, weight in parallel.deal(encoded, args.micro_batch_size):
@@ -221,8 +222,8 @@ def gradients(step, student, teacher, train, tokenizer, args):
     # those whose truth is known), and the tokens of the prefix loss
     counts = torch.zeros(2, device=device)
     for batch, weight in passes:
-        known = batch.truth != -100 if teacher is None else torch.ones_like(batch.truth)
-        own = torch.tensor([known.sum(), len(batch.next_token)], device=device)
+        has_target = batch.truth != -100 if teacher is None else torch.ones_like(batch.truth)
+        own = torch.tensor([has_target.sum(), len(batch.next_token)], device=device)
         counts += own * (weight > 0)
     total_slots, prefix_tokens = (max(1, int(n)) for n in parallel.total(counts).tolist())
 
@@ -238,10 +239,10 @@ def gradients(step, student, teacher, train, tokenizer, args):
         (weight * loss).backward()
         if weight:
             loss_and_fed += torch.tensor([loss.item(), batch.ids.numel()])
-            known = seen.targets != -100                                            # (N, k)
+            has_target = seen.targets != -100                                       # (N, k)
             agrees = seen.rollout == seen.targets
-            sums = torch.stack((known, agrees, known * seen.confidence)).sum(dim=1)     # (3, k)
-            per_slot[:, :k] += sums.cpu()
+            confidence = has_target * seen.confidence
+            per_slot[:, :k] += torch.stack((has_target, agrees, confidence)).sum(dim=1).cpu()
 
     # --- 4. Add up over ranks, for the log
     loss, fed = parallel.total(loss_and_fed.to(device)).tolist()
@@ -272,8 +273,8 @@ def training_step(step, student, teacher, optimizer, train, tokenizer, args):
 def arithmetic(done, args):
     """What a Step was made of, in words."""
     regions = done.slots / done.k / args.batch_size
-    return (f"{args.batch_size} sequences * {regions:.1f} regions * {done.k} slots = {done.slots} "
-            f"supervised tokens, {done.fed_tokens} tokens fed (k is drawn anew each step)\n")
+    return (f"the first step, k = {done.k}: {args.batch_size} sequences * {regions:.1f} regions * "
+            f"{done.k} slots = {done.slots} supervised tokens, {done.fed_tokens} tokens fed\n")
 
 
 def progress(done):
@@ -281,7 +282,7 @@ def progress(done):
     slots = ", ".join(f"{slot} {done.agreement[slot - 1]:.0%}"
                       for slot in sorted({1, min(2, done.k), done.k}))
     return (f"loss {done.loss:.2f}, agreement at slot {slots}, "
-            f"{done.slots / done.seconds:.0f} tokens/s")
+            f"{done.slots / done.seconds:.0f} slots/s")
 
 
 # --------------------------------------------------------------------------------------------------

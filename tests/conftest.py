@@ -180,6 +180,18 @@ def log_rows(out, event):
     return [row for row in map(json.loads, open(out / "log.jsonl")) if row["event"] == event]
 
 
+def free_ports(count):
+    """Ports that nobody listens at, below those that the system gives to connections by itself:
+    one of these may be taken, by an earlier job's connections, when its own job comes to use it."""
+    found, candidates = [], random.Random(os.getpid()).sample(range(10_000, 30_000), 1000)
+    for port in candidates:
+        if len(found) == count:
+            break
+        with contextlib.suppress(OSError), socket.create_server(("localhost", port)):
+            found.append(port)
+    return found
+
+
 def in_two_processes(script, jobs, folder):
     """Run the text of a script under torchrun, in two processes; returns what they print.
 
@@ -188,11 +200,7 @@ def in_two_processes(script, jobs, folder):
     in front, a free port, to be MASTER_PORT when the processes meet for this job. Files go to
     `folder`.
     """
-    sockets = [socket.create_server(("localhost", 0)) for _ in jobs]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    jobs = [[port, *map(str, flags)] for port, flags in zip(ports, jobs)]
+    jobs = [[port, *map(str, flags)] for port, flags in zip(free_ports(len(jobs)), jobs)]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     # torchrun would have all jobs meet at its own port
     own_port = 'import os\nos.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"\n'
