@@ -77,9 +77,14 @@ def token_layout(length=8, anchors=(2, 5), k=3):
     # whose colour a cell has: an anchor is read as text, but what is written there is its region's
     reads = [r if r >= 0 else None for r in region]
     writes = [slot_of.get(fed, (None, None))[0] for fed in range(len(region))]
-    rows = [("the student reads", student, reads), ("at position", position, nobody),
-            ("text it may see: up to", bound, nobody), ("it writes", answers, writes),
-            ("the teacher reads", teacher, reads), ("and says what should be", should_be, writes)]
+    rows = [
+        ("the student reads", student, reads),
+        ("at position", position, nobody),
+        ("text it may see: up to", bound, nobody),
+        ("it writes (superscript: region)", answers, writes),
+        ("the teacher reads", teacher, reads),
+        ("and would write: the targets", should_be, writes),
+    ]
 
     figure, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
     for down, (name, cells, owners) in enumerate(rows):
@@ -138,7 +143,8 @@ def chunked_answer(rows, tokenizer, strategies, question=0, width=46):
     y = 0.0
     for name in strategies:
         answer, x = Answer(tokens=own[name]["tokens"], chunks=own[name]["chunks"]), 0
-        title = f"{name}: {len(answer.tokens)} tokens in {answer.passes} passes"
+        title = f"{len(answer.tokens)} tokens in {answer.passes} passes"
+        title = f"{'k = 1' if name == 'static 1' else name}: {title}"
         axis.text(0, y, title, va="center", weight="bold")
         y -= 1.25
         for number, chunk in enumerate(chunks_of(answer)):
@@ -256,7 +262,7 @@ def confidence_plots(path):
 
 def answer():
     return chunked_answer(RESULTS / "tiny-k8" / "rows.jsonl.gz", Tokenizer(resolve("tiny")),
-                          ["static 1", "adaptive 0.99"])
+                          ["static 1", "adaptive 0.9"])
 
 
 def training_smollm2():
