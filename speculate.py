@@ -6,8 +6,8 @@ Draft and verify: fewer passes, and exactly the text that the same checkpoint wr
     python eval_gsm8k.py --data wordproblems --lossless --narrow
 
 sample.py emits what the mask tokens predict. Here it is only a *draft*: the next pass reads it as
-text and so computes, for free, what the model itself would have written at each place. Drafts stand
-up to the first one that differs; behind the last that stands the model's own next token is certain.
+text, and so computes anyway what the model itself would have written instead. Drafts stand up to
+the first one that differs, and after the last that stands the model's own next token is certain.
 (For the paper this is future work; verifying drafts in one pass is speculative decoding, Leviathan
 et al. 2023, arXiv 2211.17192.)
 
@@ -20,8 +20,9 @@ et al. 2023, arXiv 2211.17192.)
     d1 have guessed, without seeing d2 or e2, what follows e2: in the next pass e2 is t, and these
     guesses are d1 and d2.
 
-*Wide* has fresh drafts whatever stands, at k * k tokens a pass. *Narrow* puts mask tokens behind
-the last draft alone, 2k - 1 tokens a pass: where that one falls, the next pass has none to verify.
+*Wide* has fresh drafts whatever stands, at up to k * k tokens a pass. *Narrow* puts mask tokens
+behind the last draft alone, up to 2k - 1 tokens a pass: where any draft falls, these have read it,
+and the next pass has none to verify.
 
 The committed length advances over t and the standing drafts only. A drafted stop token ends nothing
 until it is verified. The text is that of k = 1 up to near-ties between kernels of different widths.

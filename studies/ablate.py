@@ -33,7 +33,7 @@ from common.machine import machine, pick_device
 from studies import ROOT
 
 # Name: (flags, number of seeds, what the paper measured: accuracy in %, tokens per forward at
-# threshold 0.9, on GSM8K with an 8B model, section on ablations; None: the paper has no such run)
+# threshold 0.9, on GSM8K with an 8B model, tables 4 and 5; None: the paper has no such run)
 VARIANTS = {
     "default": ([], 3, (64.1, 3.3)),
     "soft teacher": (["--targets", "soft"], 2, (62.5, 2.3)),

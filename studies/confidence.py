@@ -14,7 +14,7 @@ whether it is what it would have written there.
               Apart for slot 1, an ordinary next-token prediction, and for the slots behind it. A
               user of --threshold 0.9 gets the bins from 0.9 up
     answers   mean confidence of an answer against its mean loss under the teacher, a point per
-              answer (the paper's appendix on confidence and quality), and their correlation
+              answer, and their correlation
 
 OUT/confidence.json holds both, OUT/tokens.jsonl every token; studies.figures draws them.
 """

@@ -192,19 +192,38 @@ def free_ports(count):
     return found
 
 
+# What both processes run after a test's own script, which defines `job(flags)`. Each job has a
+# process of its own, forked off when all is imported: in one process, groups that follow each other
+# hang now and then, when the first one's remains are cleared away (torch 2.13, gloo)
+EACH_JOB = """
+import json, os, sys, traceback
+
+for port, *flags in json.load(open(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            job(flags)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, flags
+"""
+
+
 def in_two_processes(script, jobs, folder):
     """Run the text of a script under torchrun, in two processes; returns what they print.
 
     Starting them takes longer than what tests do with them, so they are started once: `jobs` are
-    lists of flags, which the script finds in the JSON file that is its argument. Each has a number
-    in front, a free port, to be MASTER_PORT when the processes meet for this job. Files go to
-    `folder`.
+    lists of flags, and the script's `job` is called with each. Files go to `folder`.
     """
     jobs = [[port, *map(str, flags)] for port, flags in zip(free_ports(len(jobs)), jobs)]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     # torchrun would have all jobs meet at its own port
     own_port = 'import os\nos.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"\n'
-    (folder / "script.py").write_text(own_port + script)
+    (folder / "script.py").write_text(own_port + script + EACH_JOB)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                folder / "script.py", folder / "jobs.json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT,

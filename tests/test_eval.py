@@ -283,11 +283,10 @@ def untimed(entry):
 
 
 SCRIPT = """
-import json, os, sys
+import sys
 import eval_gsm8k
 
-for port, *flags in json.load(open(sys.argv[1])):
-    os.environ["MASTER_PORT"] = str(port)
+def job(flags):
     sys.argv = ["eval_gsm8k.py", *flags]
     eval_gsm8k.main()
 """

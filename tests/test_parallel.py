@@ -59,11 +59,11 @@ def draw_rows(*args):
     return draw(*args)
 
 train.draw_rows, train.make_batch = draw_rows, make_batch
-for port, *flags in json.load(open(sys.argv[1])):
-    os.environ["MASTER_PORT"] = str(port)
+
+def job(flags):
+    global interrupted
     sys.argv = ["train.py", *flags]
     interrupted = flags[-1].endswith("stopped")
-    read.clear()
     try:
         train.main()
     except SystemExit as stopped:
