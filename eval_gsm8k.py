@@ -289,8 +289,8 @@ def main():
     with cli.writing(out):
         file = open_rows(out / "rows.jsonl", settings, args.resume)
     done = read_rows(out / "rows.jsonl")
-    print(f"{len(questions)} questions, {len(contenders)} strategies; the first prompt:\n\n"
-          f"{tokenizer.decode(prompts[0])}\n")
+    print(f"{name}, k_max {trained.get('k_max', 1)}: {len(questions)} questions, {len(contenders)} "
+          f"strategies; the first prompt:\n\n{tokenizer.decode(prompts[0]).strip()}\n")
 
     # --- ask: all strategies about one batch, then about the next; every N-th batch is one rank's
     firsts = range(0, len(prompts), args.batch_size)
@@ -319,7 +319,7 @@ def main():
                 for contender in contenders}
         table = summarise(rows)
         processes = sorted({row.get("processes", 1) for batch in done.values() for row in batch})
-        write_json(out / "table.json", {"settings": settings, **machine(device),
+        write_json(out / "table.json", {"model": name, "settings": settings, **machine(device),
                                         "processes": processes, "table": table})
         write_text(out / "table.md", markdown(table))
         from common.plots import pareto_plot            # here: matplotlib takes a second to load

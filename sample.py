@@ -305,6 +305,7 @@ def main():
     device = pick_device(args.device)
     name = args.model or default_model()
     model, tokenizer, trained = load(name, device, pick_dtype(args.dtype, device))
+    print(f"{name}, k_max {trained.get('k_max', 1)}")
     if not trained:
         print("note: this model has not been trained for several tokens per pass, so each pass "
               "emits one (train.py)")

@@ -270,10 +270,10 @@ def training_step(step, student, teacher, optimizer, train, tokenizer, args):
     return Step(k, loss, *counted, lr, norm, time.perf_counter() - began)
 
 
-def arithmetic(done, args):
+def arithmetic(step, done, args):
     """What a Step was made of, in words."""
     regions = done.slots / done.k / args.batch_size
-    return (f"the first step, k = {done.k}: {args.batch_size} sequences * {regions:.1f} regions * "
+    return (f"step {step}, k = {done.k}: {args.batch_size} sequences * {regions:.1f} regions * "
             f"{done.k} slots = {done.slots} supervised tokens, {done.fed_tokens} tokens fed\n")
 
 
@@ -452,7 +452,7 @@ def main():
                      f"{saved or 'none'} (try a lower --lr)")
         step += 1
         if step == first + 1:
-            tqdm.write(arithmetic(done, args))
+            tqdm.write(arithmetic(step, done, args))
         bar.update()
         bar.set_postfix_str(progress(done))
         if step % args.log_every == 0:

@@ -43,14 +43,14 @@ def open_rows(path, settings, resume):
     """
     kept = {}
     if path.exists():
-        if not resume:
-            raise InputError(f"{path} exists: add --resume to go on, or choose another --out")
         with open(path, encoding="utf-8") as file:
             was = json.loads(file.readline() or "{}")
         for key, value in settings.items():
             if was.get(key) != value:
-                raise InputError(f"{path} was made with {key} {was.get(key)}, not {value}: "
+                raise InputError(f"{path} exists, made with {key} {was.get(key)}, not {value}: "
                                  "choose another --out")
+        if not resume:
+            raise InputError(f"{path} exists: add --resume to go on, or choose another --out")
         kept = read_rows(path)
     # Every rank writes the new file: where the disk refuses, all stop, and none waits for others
     temporary = path.with_suffix(f".tmp{parallel.rank_and_world()[0]}")
