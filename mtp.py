@@ -29,7 +29,7 @@ the loss uses the very pass that wrote them. No new parameters but the mask toke
 second model at decoding time.
 
 The text is a row of the data set, a question and its answer. It is only context in front of what is
-predicted: no label is taken from it.
+predicted: no label is taken from it (but for ground truth as targets and the prefix loss).
 
 Words. *Prefix*: the real tokens in front of what is predicted (the paper's *prefix loss* trains on
 these, too). *Anchor*: the last of them. *Region*: one problem, an anchor and its k - 1 mask tokens.

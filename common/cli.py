@@ -26,12 +26,13 @@ class InputError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, except that a wrong flag is an InputError too: one line, not a page of usage."""
 
-    def __init__(self, **kwargs):
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+    def __init__(self, prog, description):
+        """prog   as it follows "python": "train.py", "-m studies.bench" """
+        super().__init__(f"python {prog}", description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        raise InputError(f"{message} (see python {self.prog} --help)")
+        raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def run(main):
