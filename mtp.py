@@ -191,11 +191,11 @@ def make_batch(encoded, k, offset, stride, tokenizer, device, bidirectional=Fals
     next_token = text[predictors[0], predictors[1] + 1]                             # (P,)
 
     causal = attention_mask(position, region, bound).to(device)             # (B, L, L)
-    both_ways = causal
+    students = causal
     if bidirectional:
-        both_ways = attention_mask(position, region, bound, bidirectional=True).to(device)
+        students = attention_mask(position, region, bound, bidirectional=True).to(device)
     return Batch(
-        ids=ids.to(device), position=position.to(device), mask=both_ways, teacher_mask=causal,
+        ids=ids.to(device), position=position.to(device), mask=students, teacher_mask=causal,
         slots=tuple(index.to(device) for index in slots), truth=truth.to(device),
         prefix=tuple(index.to(device) for index in predictors), next_token=next_token.to(device))
 

@@ -53,7 +53,6 @@ from model import KVCache, Transformer
 # --------------------------------------------------------------------------------------------------
 # Which tokens, and how many of them
 
-
 def most_likely(logits):
     """Each slot's most likely token and its probability: (..., V) -> (...) long and (...) fp32."""
     top, token = logits.max(dim=-1)

@@ -122,8 +122,8 @@ def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, max_ne
         # --- 2. Predictions at the last certain token and the drafts, and at all mask tokens:
         # columns 0 .. D are the model's own tokens, then come k - 1 of region 0, of region 1, ...
         row = torch.arange(len(ids), device=device)[:, None]
-        masks = W + torch.arange(n_masks, device=device).expand(len(ids), -1)
-        place = torch.cat((read, masks), dim=1)                         # (B, D + 1 + R(k-1))
+        mask_places = W + torch.arange(n_masks, device=device).expand(len(ids), -1)
+        place = torch.cat((read, mask_places), dim=1)                   # (B, D + 1 + R(k-1))
         logits = model(ids, positions, mask, cache, at=(row, place)).float()
         logits[..., never] = -torch.inf
         predicted, confidence = most_likely(logits)                     # (B, D + 1 + R(k-1)) each

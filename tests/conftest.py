@@ -232,6 +232,19 @@ def in_two_processes(script, jobs, folder):
     return done.stdout
 
 
+def write_chunk(new, written, chunks, stop_ids, limit):
+    """The slow references' way to emit a chunk, token by token. Returns the finish, or ""."""
+    chunks.append(0)
+    for token in new:
+        written.append(token)
+        chunks[-1] += 1
+        if token in stop_ids:
+            return "stop"
+        if len(written) == limit:
+            return "length"
+    return ""
+
+
 # --------------------------------------------------------------------------------------------------
 # Fixtures
 

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from conftest import TINY_VOCAB, random_prompts, tiny_checkpoint, tokens
+from conftest import TINY_VOCAB, random_prompts, tiny_checkpoint, tokens, write_chunk
 
 from common.answers import Answers
 from common.cli import InputError
@@ -50,14 +50,10 @@ def uncached(model, prompt, k, threshold, stop_ids, limit, bidirectional=False):
     while True:
         logits = behind(model, prompt + written, k, bidirectional)
         p = logits.softmax(dim=-1).max(dim=-1).values.tolist()
-        chunks.append(0)
-        for token in logits[:sure_ones(p, threshold)].argmax(dim=-1).tolist():
-            written.append(token)
-            chunks[-1] += 1
-            if token in stop_ids:
-                return written, chunks, "stop"
-            if len(written) == limit:
-                return written, chunks, "length"
+        kept = logits[:sure_ones(p, threshold)].argmax(dim=-1).tolist()
+        finish = write_chunk(kept, written, chunks, stop_ids, limit)
+        if finish:
+            return written, chunks, finish
 
 
 def outcome(results):

@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from conftest import TINY_VOCAB, random_prompts, tokens
+from conftest import TINY_VOCAB, random_prompts, tokens, write_chunk
 from test_sample import behind, outcome, sure_ones
 
 import speculate as speculation
@@ -121,14 +121,9 @@ def uncached(model, prompt, k, threshold, form, stop_ids, limit, bidirectional):
         drafts = logits.argmax(dim=-1).tolist()[1:sure_ones(p, threshold)]
         if form == "narrow" and not all_stood:          # its mask tokens stood behind a wrong draft
             drafts = []
-        chunks.append(0)
-        for token in new:
-            written.append(token)
-            chunks[-1] += 1
-            if token in stop_ids:
-                return written, chunks, "stop"
-            if len(written) == limit:
-                return written, chunks, "length"
+        finish = write_chunk(new, written, chunks, stop_ids, limit)
+        if finish:
+            return written, chunks, finish
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
