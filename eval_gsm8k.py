@@ -40,6 +40,7 @@ from common.scoring import (
     QA_FORMATS, QA_STOPS, build_prompt, extract_flexible, extract_strict, gold_of, is_right,
     paired_interval, standard_error)
 from common.tokenizer import Tokenizer
+from heads import Heads
 from model import Transformer
 from sample import Strategy, choose_strategy, load
 from speculate import decode
@@ -55,6 +56,7 @@ class Contender(NamedTuple):
     name: str
     model: Transformer
     strategy: Strategy
+    heads: Heads | None = None
 
 
 class Setting(NamedTuple):
@@ -100,7 +102,7 @@ def score(tokens, tokenizer, gold, stops, task):
 def ask(contender, prompts, golds, first, setting):
     """Answer a batch of questions, the first of which has number `first`: a row for each."""
     tokenizer, start = setting.tokenizer, setting.start
-    results = decode(contender.model, tokenizer, prompts, contender.strategy,
+    results = decode(contender.model, tokenizer, prompts, contender.strategy, contender.heads,
                      max_new_tokens=setting.max_new_tokens, stop_strings=setting.stops)
     rows = []
     for i, (prompt, gold, result) in enumerate(zip(prompts, golds, results)):
@@ -229,9 +231,13 @@ def get_args():
     return args
 
 
-def strategies(args, k_max):
+def strategies(args, k_max, heads):
     """What to compare, k = 1 first: a list of different Strategies."""
     ks, thresholds = args.k or [], args.threshold or []
+    if heads:                               # their drafts are always verified
+        ways = [PLAIN] + [choose_strategy(k, None, k_max, heads=heads) for k in ks if k != 1]
+        ways += [choose_strategy(None, threshold, k_max, heads=heads) for threshold in thresholds]
+        return list(dict.fromkeys(ways + [choose_strategy(None, None, k_max, heads=heads)]))
     if not ks and not thresholds:
         ks = range(1, min(5, k_max) + 1)
         thresholds = [0.99, 0.95, 0.9, 0.8, 0.7, 0.6] if k_max > 1 else []
@@ -255,7 +261,7 @@ def main():
         on_problems = trained.get("data") == "wordproblems" or resolve(name) == resolve("tiny")
         args.data = "wordproblems" if on_problems else "gsm8k"
     questions, examples = load_questions(args.data, args.limit, args.shots, args.seed)
-    model, tokenizer, _ = load(name, device, dtype)
+    model, tokenizer, _, heads = load(name, device, dtype)
     style = args.prompt_format or trained.get("prompt_format") or tokenizer.default_format
     is_qa = style in QA_FORMATS
     stops = args.stop if args.stop is not None else QA_STOPS if is_qa else []
@@ -270,8 +276,8 @@ def main():
 
     # --- the contenders
     start = load(args.baseline, device, dtype)[0] if args.baseline else None
-    ways = strategies(args, trained.get("k_max", 1))
-    contenders = [Contender(way.name, model, way) for way in ways]
+    ways = strategies(args, trained.get("k_max", 1), heads)
+    contenders = [Contender(way.name, model, way, heads) for way in ways]
     if start is not None:
         contenders.insert(0, Contender(START, start, PLAIN))
     task = "gsm8k_cot" if is_qa else "gsm8k"

@@ -150,14 +150,18 @@ class KVCache:
     shows a query no place behind those that its own pass has written.
     """
 
-    def __init__(self, model, batch_size, capacity):
-        """Room for `capacity` tokens a row, on the model's device and in its dtype."""
+    def __init__(self, model, batch_size, capacity, layers=None):
+        """Room for `capacity` tokens a row, on the model's device and in its dtype.
+
+        layers   how many, where it is not the model's own number of them
+        """
         c, like = model.config, model.model.embed_tokens.weight
+        layers = c.num_hidden_layers if layers is None else layers
         shape = (batch_size, capacity, c.num_key_value_heads, c.head_dim)   # (B, capacity, G, D)
         # not like.new_zeros: FSDP has weights that are spread over ranks, the cache is not
-        layers = [torch.zeros(shape, dtype=like.dtype, device=like.device)
-                  for _ in range(2 * c.num_hidden_layers)]
-        self.keys, self.values = layers[::2], layers[1::2]
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
+            for _ in range(2))
         self.length = torch.zeros(batch_size, dtype=torch.long, device=like.device)
 
     def next_places(self, count):
@@ -231,7 +235,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
 
         # --- queries, keys and values, split into heads
-        if hasattr(self, "qkv_proj"):                               # see Transformer.fuse
+        if hasattr(self, "qkv_proj"):                               # see fuse
             q, k, v = self.qkv_proj(x)                              # (B, T, H*D), 2 * (B, T, G*D)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -274,7 +278,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        if hasattr(self, "gate_up_proj"):                           # see Transformer.fuse
+        if hasattr(self, "gate_up_proj"):                           # see fuse
             gate, up = self.gate_up_proj(x)                         # (B, T, I) each
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
@@ -282,7 +286,7 @@ class MLP(nn.Module):
 
 
 class Fused(nn.Module):
-    """Several linear layers of one input as one matrix product; see Transformer.fuse."""
+    """Several linear layers of one input as one matrix product; see `fuse`."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -309,6 +313,53 @@ class Block(nn.Module):
         """x (B, T, C) -> (B, T, C); `where` is all that Attention takes beside it."""
         x = x + self.self_attn(self.input_layernorm(x), *where)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def run_blocks(blocks, x, positions, mask, frequencies, cache=None, first_layer=0):
+    """Hidden states through some blocks: (B, T, C) -> (B, T, C).
+
+    positions, mask, cache      as `Transformer.forward` takes them
+    frequencies                 (D/2,) fp32, of `rope_frequencies`, on x's device
+    first_layer                 number of the first block's layer in the cache
+    """
+    # --- positions: the angle of each pair of dimensions, fp32 even in a bf16 model
+    angles = positions[..., None].float() * frequencies                     # (B, T, D/2)
+    cos = angles.cos().repeat(1, 1, 2)                                      # (B, T, D)
+    sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)                  # (B, T, D)
+    cos = cos[:, None].to(x.dtype)                          # (B, 1, T, D): the same for every head
+    sin = sin[:, None].to(x.dtype)
+
+    # --- who sees whom: 0 or -inf on top of the scores, made once and not in every layer
+    if mask.dim() == 3:
+        mask = mask[:, None]                                # (B, 1, T, S): the same for every head
+    mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
+
+    # --- the layers
+    places = None if cache is None else cache.next_places(x.shape[1])       # (B, T)
+    for layer, block in enumerate(blocks, first_layer):
+        x = block(x, cos, sin, mask, cache, layer, places)                  # (B, T, C)
+    return x
+
+
+def fuse(module, blocks):
+    """Prepare for decoding: q, k, v and gate, up of `blocks` as one matrix product each, and every
+    matrix of `module`, which they belong to, transposed in memory.
+
+    A pass over a few tokens waits for memory and for one kernel after another: fewer, larger
+    products are faster, and CPU libraries are faster still with matrices stored input-major
+    (x @ W, not x @ W.T). The models of results/bench-* are timed so. The numbers stay the same up
+    to rounding. In place. What is fused can no longer be trained or saved: modules have lost the
+    checkpoint's names.
+    """
+    for block in blocks:
+        attention, mlp = block.self_attn, block.mlp
+        attention.qkv_proj = Fused(attention.q_proj, attention.k_proj, attention.v_proj)
+        mlp.gate_up_proj = Fused(mlp.gate_proj, mlp.up_proj)
+        del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+    module.requires_grad_(False)
+    for matrix in module.parameters():
+        if matrix.dim() == 2:
+            matrix.data = matrix.data.t().contiguous().t()          # same shape, other memory order
 
 
 class Decoder(nn.Module):
@@ -362,50 +413,18 @@ class Transformer(nn.Module):
                     for who wants logits in portions
         returns     (B, T, V), or (*at, V) with `at`; C in place of V without `head`
         """
-        # --- tokens in
+        # --- tokens in, and through the layers
         x = self.model.embed_tokens(ids)                                    # (B, T, C)
-
-        # --- positions: the angle of each pair of dimensions, fp32 even in a bf16 model
         self.frequencies = self.frequencies.to(ids.device)
-        angles = positions[..., None].float() * self.frequencies            # (B, T, D/2)
-        cos = angles.cos().repeat(1, 1, 2)                                  # (B, T, D)
-        sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)              # (B, T, D)
-        cos = cos[:, None].to(x.dtype)                      # (B, 1, T, D): the same for every head
-        sin = sin[:, None].to(x.dtype)
-
-        # --- who sees whom: 0 or -inf on top of the scores, made once and not in every layer
-        if mask.dim() == 3:
-            mask = mask[:, None]                            # (B, 1, T, S): the same for every head
-        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
-
-        # --- the layers
-        places = None if cache is None else cache.next_places(ids.shape[1])     # (B, T)
-        for layer, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, mask, cache, layer, places)              # (B, T, C)
+        x = run_blocks(self.model.layers, x, positions, mask, self.frequencies, cache)
 
         # --- logits out, where they are wanted
         x = self.model.norm(x if at is None else x[at])                     # (B, T, C) or (*at, C)
         return F.linear(x, self.output_matrix) if head else x               # V in place of C
 
     def fuse(self):
-        """Prepare for decoding: q, k, v and gate, up as one matrix product each, and every matrix
-        transposed in memory.
-
-        A pass over a few tokens waits for memory and for one kernel after another: fewer, larger
-        products are faster, and CPU libraries are faster still with matrices stored input-major
-        (x @ W, not x @ W.T). The models of results/bench-* are timed so. The numbers stay the same
-        up to rounding. In place; returns the model. It can no longer be trained or saved: modules
-        have lost the checkpoint's names.
-        """
-        for block in self.model.layers:
-            attention, mlp = block.self_attn, block.mlp
-            attention.qkv_proj = Fused(attention.q_proj, attention.k_proj, attention.v_proj)
-            mlp.gate_up_proj = Fused(mlp.gate_proj, mlp.up_proj)
-            del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
-        self.requires_grad_(False)
-        for matrix in self.parameters():
-            if matrix.dim() == 2:
-                matrix.data = matrix.data.t().contiguous().t()      # same shape, other memory order
+        """See the function `fuse`. In place; returns the model."""
+        fuse(self, self.model.layers)
         return self
 
     @classmethod
@@ -435,6 +454,13 @@ class Transformer(nn.Module):
         """
         config = Config.from_dict(read_json(Path(folder) / "config.json"))
         weights = read_weights(folder)
+
+        # --- layers behind the last one are no part of the model: heads.py, DeepSeek-V3 and others
+        # keep multi-token heads there
+        layers = config.num_hidden_layers
+        for layer in range(layers, layers + config.raw.get("num_mtp_layers", 0)):
+            beyond = f"model.layers.{layer}."
+            weights = {name: x for name, x in weights.items() if not name.startswith(beyond)}
 
         # --- tied, says config.json, and yet there is an output matrix: a copy, or a second one?
         if config.tie_word_embeddings and "lm_head.weight" in weights:

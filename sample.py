@@ -48,6 +48,7 @@ from common.hub import default_model, resolve
 from common.machine import pick_device, pick_dtype
 from common.report import ChunkPrinter, chunks_of, shared_text, summary
 from common.tokenizer import Tokenizer
+from heads import load_heads
 from model import KVCache, Transformer
 
 # --------------------------------------------------------------------------------------------------
@@ -60,21 +61,21 @@ def most_likely(logits):
 
 
 def draw(logits, temperature, top_k, top_p, generator):
-    """One token at random instead: (B, 1, V) -> tokens (B, 1) long and their probabilities (B, 1).
+    """Tokens at random instead: (B, T, V) -> tokens (B, T) long and their probabilities (B, T).
 
-    It is drawn from the softmax at `temperature`: from its `top_k` most likely tokens (0: all), and
-    of these from the fewest that hold a share of at least `top_p`. The probability that is returned
-    is the plain softmax's.
+    Each is drawn from the softmax at `temperature`: from its `top_k` most likely tokens (0: all),
+    and of these from the fewest that hold a share of at least `top_p`. The probability that is
+    returned is the plain softmax's.
     """
-    p = (logits[:, 0] / temperature).softmax(dim=-1)                        # (B, V)
+    p = (logits / temperature).softmax(dim=-1)                              # (B, T, V)
     ranked, order = p.sort(dim=-1, descending=True)
     if top_k:
-        ranked[:, top_k:] = 0
+        ranked[..., top_k:] = 0
     before = ranked.cumsum(dim=-1) - ranked                                 # share of likelier ones
     ranked[before >= top_p * ranked.sum(dim=-1, keepdim=True)] = 0
-    rank = torch.multinomial(ranked, 1, generator=generator)                # (B, 1)
-    token = order.gather(-1, rank)
-    return token, logits[:, 0].softmax(dim=-1).gather(-1, token)
+    rank = torch.multinomial(ranked.flatten(0, 1), 1, generator=generator)  # (B * T, 1)
+    token = order.gather(-1, rank.view(*order.shape[:2], 1))                # (B, T, 1)
+    return token[..., 0], logits.softmax(dim=-1).gather(-1, token)[..., 0]
 
 
 def accept(confidence, threshold):
@@ -184,34 +185,41 @@ def generate(model, tokenizer, prompts, k=1, threshold=None, max_new_tokens=256,
 # Loading, and what the flags mean
 
 def load(name, device, dtype):
-    """(model, ready to decode; tokenizer; train.py's note in config.json) for a --model name."""
+    """For a --model name: (model, ready to decode; tokenizer; train.py's note in config.json; heads
+    of heads.py, or None)."""
     folder = resolve(name)
     model = Transformer.from_pretrained(folder, dtype, device).eval().fuse()
-    return model, Tokenizer(folder), model.config.raw.get("nanomtp", {})
+    heads = load_heads(folder, dtype, device)
+    if heads:
+        heads.eval().fuse()
+    return model, Tokenizer(folder), model.config.raw.get("nanomtp", {}), heads
 
 
 class Strategy(NamedTuple):
     """A way of decoding; `speculate.decode` takes it to the loop that it belongs to."""
     k: int = 1
     threshold: float | None = None
-    lossless: str | None = None                     # "wide" or "narrow", see speculate.py
+    lossless: str | None = None                     # "wide", "narrow" or "heads": see speculate.py
 
     @property
     def name(self):
         """As tables and headings call it."""
         if self.lossless:
-            form = " narrow" if self.lossless == "narrow" else ""
+            form = "" if self.lossless == "wide" else f" {self.lossless}"
             limit = f" at {self.threshold:g}" if self.threshold is not None else ""
             return f"lossless {self.k}{form}{limit}"
         return f"static {self.k}" if self.threshold is None else f"adaptive {self.threshold:g}"
 
 
-def choose_strategy(k, threshold, k_max, lossless=None):
+def choose_strategy(k, threshold, k_max, lossless=None, heads=None):
     """The Strategy that --k and --threshold ask for; either may be None. InputError for k > k_max.
 
     k alone: static k. threshold alone: adaptive, up to k_max. Both: adaptive, at most k. Neither:
-    adaptive 0.9; lossless, where a wrong draft loses nothing, without a threshold.
+    adaptive 0.9; lossless, where a wrong draft loses nothing, without a threshold. What `heads`
+    draft is always verified.
     """
+    if heads and k != 1:
+        lossless = "heads"
     if k is None and threshold is None and not lossless:
         threshold = 0.9
     if threshold is not None and not math.isfinite(threshold):
@@ -242,7 +250,8 @@ def get_args():
     add("--narrow", action=SWITCH, default=False,
         help="lossless: mask tokens behind the last draft only, not behind each")
     add("--temperature", type=float, default=0.0,
-        help="--k 1 only: draw tokens from the softmax at this temperature (%(default)s: greedy)")
+        help="draw tokens from the softmax at this temperature: with --k 1, or, several per pass, "
+        "where drafts are verified: --lossless, heads (%(default)s: greedy)")
     add("--top-k", type=int, default=0, help="draw from the k most likely (%(default)s: all)")
     add("--top-p", type=float, default=1.0,
         help="draw from the fewest that hold this share (%(default)s: all)")
@@ -260,13 +269,10 @@ def get_args():
     cli.at_least(args, batch_size=1, max_new_tokens=1, limit=1, temperature=0, top_k=0, top_p=0)
     if not 0 < args.top_p <= 1:
         raise InputError("--top-p must be above 0 and at most 1")
-    if args.temperature > 0 and args.k != 1:
-        raise InputError("--temperature draws one token at a time: add --k 1 (longer chunks are "
-                         "greedy by definition)")
+    if args.temperature > 0 and args.compare:
+        raise InputError("--compare shows where greedy texts part: leave it out, or --temperature")
     if args.narrow and not args.lossless:
         raise InputError("--narrow is a form of --lossless: give both")
-    if args.temperature > 0 and args.lossless:
-        raise InputError("--lossless reproduces greedy text: it knows no --temperature")
     if "" in args.stop:
         raise InputError("--stop must not be empty")
     return args
@@ -303,15 +309,21 @@ def main():
     questions = read_questions(args.prompt, args.data, args.seed)[:args.limit]
     device = pick_device(args.device)
     name = args.model or default_model()
-    model, tokenizer, trained = load(name, device, pick_dtype(args.dtype, device))
+    model, tokenizer, trained, heads = load(name, device, pick_dtype(args.dtype, device))
     print(f"{name}, k_max {trained.get('k_max', 1)}")
     if not trained:
         print("note: this model has not been trained for several tokens per pass, so each pass "
               "emits one (train.py)")
     if args.ignore_stop:
         tokenizer.stop_ids = set()
-    lossless = args.lossless and ("narrow" if args.narrow else "wide")
-    strategy = choose_strategy(args.k, args.threshold, trained.get("k_max", 1), lossless or None)
+    lossless = args.lossless and ("narrow" if args.narrow else "wide") or None
+    strategy = choose_strategy(args.k, args.threshold, trained.get("k_max", 1), lossless, heads)
+    if args.temperature > 0 and strategy.k > 1 and not strategy.lossless:
+        raise InputError("--temperature: several tokens per pass can be drawn only where drafts are "
+                         "verified: add --lossless, or --k 1")
+    if args.narrow and heads:
+        raise InputError("--narrow is about mask tokens, and this checkpoint drafts with heads: "
+                         "leave it out")
     style = args.prompt_format or trained.get("prompt_format") or tokenizer.default_format
     prompts = [tokenizer.prompt(question, style) for question in questions]
     check_prompts(prompts, model)
@@ -327,7 +339,7 @@ def main():
         print("\n=== " + strategy.name)
         return answer_all(
             lambda some, on_chunk: decode(
-                model, tokenizer, some, strategy, **ending, **more, on_chunk=on_chunk),
+                model, tokenizer, some, strategy, heads, **ending, **more, on_chunk=on_chunk),
             questions, prompts, tokenizer, args.batch_size)
 
     ours = show(strategy, **sampling)

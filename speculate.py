@@ -31,19 +31,25 @@ Shapes: B rows still decoding, W room for certain tokens and drafts, D room for 
 T = W + R(k-1) fed tokens, S places in the cache, V vocabulary.
 """
 import torch
+import torch.nn.functional as F
 
 from common.answers import Answers
+from heads import Drafter
 from model import KVCache
 from mtp import PADDING, TEXT, attention_mask
 from sample import accept, generate, most_likely, never_emitted, sees_both_ways
 
 
-def decode(model, tokenizer, prompts, strategy, **ending):
-    """`generate` or `speculate`, as a sample.Strategy wants it. Returns one Answer per prompt."""
-    if strategy.lossless:
-        ending["narrow"] = strategy.lossless == "narrow"
-    loop = speculate if strategy.lossless else generate
-    return loop(model, tokenizer, prompts, strategy.k, strategy.threshold, **ending)
+def decode(model, tokenizer, prompts, strategy, heads=None, **ending):
+    """`generate` or `speculate`, as a sample.Strategy wants it. Returns one Answer per prompt.
+
+    heads   a heads.Heads, of a model that has some
+    """
+    if not strategy.lossless:
+        return generate(model, tokenizer, prompts, strategy.k, strategy.threshold, **ending)
+    return speculate(model, tokenizer, prompts, strategy.k, strategy.threshold,
+                     narrow=strategy.lossless == "narrow",
+                     heads=heads if strategy.lossless == "heads" else None, **ending)
 
 
 def lay_out(committed, n_text, anchors, W, k, bidirectional):
@@ -88,20 +94,25 @@ def verify(drafts, n_drafts, predicted):
 
 
 @torch.inference_mode()
-def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, max_new_tokens=256,
-              stop_strings=(), on_chunk=None):
+def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, heads=None,
+              max_new_tokens=256, stop_strings=(), on_chunk=None, choose=most_likely):
     """Decode losslessly, up to k tokens per pass. Arguments and errors are `sample.generate`'s, but
 
     threshold   limits what is drafted, by `sample.accept`: where slot 1 was unsure, though it is
                 certain here, nothing. What is emitted it does not change
     narrow      mask tokens behind the last draft only, see the top of this file
+    heads       a heads.Heads: drafts are its, and no mask token is fed
+    choose      the model's own tokens; with `draw`, what is emitted is distributed as by plain
+                sampling: see `verify`
     returns     one Answer per prompt, with `drafts`, (fed, stood) of each verifying pass
     """
-    never = never_emitted(model, tokenizer, k)
-    filler = never[0] if never else 0
+    never = never_emitted(model, tokenizer, 1 if heads else k)
+    filler = never[0] if never else 0               # for a shorter row: nothing in front sees it
     answers = Answers(model, tokenizer, prompts, max_new_tokens, stop_strings, on_chunk)
-    cache = KVCache(model, len(prompts), answers.longest + k * k + k)
-    certain = [list(prompt) for prompt in prompts]      # not in the cache yet; after that one token
+    capacity = answers.longest + k * k + k
+    cache = KVCache(model, len(prompts), capacity)
+    drafter = heads and Drafter(heads, model, len(prompts), capacity, never)
+    certain = [list(prompt) for prompt in prompts]  # not in the cache yet; after that one token
     drafts = [[] for _ in prompts]
     bidirectional, device = sees_both_ways(model), model.device
 
@@ -114,38 +125,44 @@ def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, max_ne
         last_certain = (n_text - n_drafts - 1)[:, None]                                 # (B, 1)
         read = last_certain + torch.arange(D + 1, device=device)                        # (B, D + 1)
         anchors = n_text[:, None] - 1 if narrow else read                               # (B, R)
+        if heads:
+            anchors = read[:, :0]                                                       # R = 0
         n_masks = anchors.shape[1] * (k - 1)
         ids = [own + [filler] * (W - len(own) + n_masks) for own in text]
         ids = torch.tensor(ids, device=device)                                          # (B, T)
         positions, mask = lay_out(cache.length, n_text, anchors, W, k, bidirectional)
 
-        # --- 2. Predictions at the last certain token and the drafts, and at all mask tokens:
-        # columns 0 .. D are the model's own tokens, then come k - 1 of region 0, of region 1, ...
+        # --- 2. The model's own tokens, at the last certain token and at each draft; and what the
+        # mask tokens guess
+        hidden = model(ids, positions, mask, cache, head=False)                         # (B, T, C)
         row = torch.arange(len(ids), device=device)[:, None]
-        mask_places = W + torch.arange(n_masks, device=device).expand(len(ids), -1)
-        place = torch.cat((read, mask_places), dim=1)                   # (B, D + 1 + R(k-1))
-        logits = model(ids, positions, mask, cache, at=(row, place)).float()
-        logits[..., never] = -torch.inf
-        predicted, confidence = most_likely(logits)                     # (B, D + 1 + R(k-1)) each
+        places = torch.cat((read, W + torch.arange(n_masks, device=device).expand(len(ids), -1)), 1)
+        logits = F.linear(hidden[row, places], model.output_matrix).float()
+        logits[..., never] = -torch.inf                                 # (B, D + 1 + R(k-1), V)
+        predicted, confidence = choose(logits[:, :D + 1])                               # (B, D + 1)
 
         # --- 3. Verify: drafts up to the first wrong one stand, and the token after them is certain
         fed_drafts = ids.gather(1, read[:, 1:])                                         # (B, D)
-        stood = verify(fed_drafts, n_drafts, predicted[:, :D + 1])                      # (B,)
+        stood = verify(fed_drafts, n_drafts, predicted)                                 # (B,)
+        newest = predicted.gather(1, stood[:, None])                                    # (B, 1)
 
         # --- 4. Commit what stands. Wrong drafts and mask tokens are overwritten
-        cache.advance(n_text - n_drafts + stood)
+        count = n_text - n_drafts + stood                                               # (B,)
+        cache.advance(count)
 
-        # --- 5. Read the slots of the last token that stands: slot 1 is the certain token, the
-        # others are the next drafts
-        of_region = torch.zeros_like(stood) if narrow else stood
-        first = D + 1 + of_region[:, None] * (k - 1)
-        slots = torch.cat((stood[:, None], first + torch.arange(k - 1, device=device)), dim=1)
-        kept = accept(confidence.gather(1, slots), threshold)                           # (B,)
-        if narrow:              # its one region has read all drafts: if one fell, draft nothing
+        # --- 5. Draft what may follow the newest token: (B, k - 1), and how sure each draft is
+        if heads:           # by the hidden states of what stands, each beside the token after it
+            following = F.pad(ids[:, 1:W], (0, 1)).scatter(1, count[:, None] - 1, newest)
+            ahead, sure = drafter.draft(hidden[:, :W], following, count, k - 1)
+        else:               # by what the mask tokens behind the last token that stands have guessed
+            region = torch.zeros_like(stood) if narrow else stood
+            slots = region[:, None] * (k - 1) + torch.arange(k - 1, device=device)
+            ahead, sure = (x.gather(1, slots) for x in most_likely(logits[:, D + 1:]))
+        kept = accept(torch.cat((confidence.gather(1, stood[:, None]), sure), dim=1), threshold)
+        if narrow:          # its one region has read all drafts: if one fell, draft nothing
             kept = torch.where(stood == n_drafts, kept, 1)
-        candidates = predicted.gather(1, slots)                                         # (B, k)
 
-        # --- 6. Emit the standing drafts and the certain token; rows that end here are dropped
+        # --- 6. Emit the standing drafts and the newest token; rows that end here are dropped
         n_stood = stood.tolist()
         for i, fed, n in zip(answers.active, n_drafts.tolist(), n_stood):
             if answers.results[i].passes:                       # the first pass has none to verify
@@ -153,6 +170,8 @@ def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, max_ne
         chunks = [own[:n + 1] for own, n in zip(predicted.tolist(), n_stood)]
         going = answers.add(chunks, confidence.tolist())
         cache.keep_rows(going)
-        ahead = [own[:n] for own, n in zip(candidates.tolist(), kept.tolist())]
-        certain, drafts = [ahead[i][:1] for i in going], [ahead[i][1:] for i in going]
+        if heads:
+            drafter.keep_rows(going)
+        ahead = [own[:n - 1] for own, n in zip(ahead.tolist(), kept.tolist())]
+        certain, drafts = [chunks[i][-1:] for i in going], [ahead[i] for i in going]
     return answers.results

@@ -15,10 +15,12 @@ steps of warm-up, batches of 128 sequences, k up to 16, about 100k steps. `--pre
 
 Reading order: settings, what a step draws, one training step, evaluation, the loop.
 """
+import functools
 import math
 import random
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,16 +31,19 @@ from common import cli, parallel
 from common.checkpoint import Log, find_run, load_trainer, restore, save_checkpoint
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.data import draw_rows, encode_rows, load_data
+from common.files import read_json
 from common.hub import DEFAULT_MODEL, resolve
 from common.machine import (
     DTYPES, StopSignal, dtype_name, keep_freed_memory, machine, peak_memory, pick_device,
     pick_dtype)
-from common.report import chunks_of, printable, shared_text
+from common.report import acceptance_by_position, chunks_of, printable, shared_text
 from common.scoring import extract_flexible, gold_of, is_right
 from common.tokenizer import Tokenizer
-from model import Transformer, add_mask_token
+from heads import Backbone, Heads, head_loss, load_heads, make_head_batch, save_heads
+from model import Config, Transformer, add_mask_token, save_pretrained
 from mtp import make_batch, region_loss
 from sample import generate
+from speculate import speculate
 
 # --------------------------------------------------------------------------------------------------
 # Settings. A preset holds what differs from the defaults of the flags, which are those of `tiny`.
@@ -81,17 +86,25 @@ def get_args():
     add("--out", default="out", help="folder for checkpoints and log.jsonl (%(default)s)")
     add("--resume", action=SWITCH, default=False, help="go on from --out's newest checkpoint")
 
-    add = parser.add_argument_group("multi-token prediction").add_argument
+    group = parser.add_argument_group("multi-token prediction: one of two methods")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--k", type=int, default=8,
-        help="k_max, most tokens per pass: each step draws k in 2..k_max (%(default)s)")
-    add("--fixed-k", action=SWITCH, default=False, help="each step takes the largest k itself")
+        help="mask tokens (mtp.py): k_max, most tokens per pass (%(default)s)")
+    add("--heads", type=int, metavar="K",
+        help="K heads (heads.py) on the model as it is, which is frozen: its text stays the same")
+
+    add = group.add_argument
+    add("--targets", choices=["hard", "soft", "ground-truth"], default="hard",
+        help="hard: what the start model would have written; soft: its distribution (heads: see "
+        "--kl-weight); ground-truth: the text itself, as in ordinary training (%(default)s)")
+
+    add = parser.add_argument_group("with mask tokens").add_argument
+    add("--fixed-k", action=SWITCH, default=False,
+        help="each step takes k_max itself, not a k drawn from 2..k_max")
     add("--curriculum", type=int, default=0,
         help="widen k from 2 to k_max over the first N steps (%(default)s: off)")
     add("--stride", type=int, default=3,
         help="an anchor every so many tokens of the answer (%(default)s)")
-    add("--targets", choices=["hard", "soft", "ground-truth"], default="hard",
-        help="hard: what the teacher would have written; soft: its distribution; ground-truth: the "
-        "text itself, as in ordinary training (%(default)s)")
     add("--slot1-weight", type=float, default=1.0,
         help="of slot 1 in the loss; above 1 the text of k = 1 keeps closer to the start's "
         "(%(default)s)")
@@ -101,6 +114,19 @@ def get_args():
     add("--bidirectional", action=SWITCH, default=False,
         help="mask tokens of a region see each other both ways; the anchor stays causal, which the "
         "authors' does not")
+
+    add = parser.add_argument_group("with heads").add_argument
+    add("--loop", action=SWITCH, default=False, help="one head's weights serve all depths")
+    add("--extend", action=SWITCH, default=False,
+        help="--model has half as many heads: copy them behind themselves, train the copies only")
+    add("--kl-weight", type=float, default=1.0,
+        help="of the distance to the model's distribution, beside cross-entropy (%(default)s)")
+    add("--kl-top", type=int, default=256,
+        help="that distance is among the model's N most likely tokens (%(default)s)")
+    add("--draft-vocab", type=int, default=0,
+        help="draft only the N most frequent tokens of the rows (%(default)s: any)")
+    add("--keep-gb", type=float, default=4.0,
+        help="memory for hidden states of rows that come again (%(default)s; 0: read them again)")
 
     add = parser.add_argument_group("optimisation (AdamW)").add_argument
     add("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s)")
@@ -140,8 +166,8 @@ def get_args():
     cli.at_least(args, k=1, stride=1, batch_size=1, micro_batch_size=1, seq_len=8, steps=1, limit=1,
                  log_every=1, save_every=1, eval_prompts=1, max_new_tokens=1, warmup=0, cooldown=0,
                  curriculum=0, eval_every=0, weight_decay=0, prefix_loss=0, slot1_weight=0, clip=0,
-                 lr=0, minutes=0)
-    for name in ("lr", "weight_decay", "prefix_loss", "slot1_weight", "clip"):
+                 lr=0, minutes=0, heads=1, kl_weight=0, kl_top=1, draft_vocab=0, keep_gb=0)
+    for name in ("lr", "weight_decay", "prefix_loss", "slot1_weight", "clip", "kl_weight"):
         if not math.isfinite(getattr(args, name)):
             raise InputError(f"--{name.replace('_', '-')} must be a finite number")
     if args.lr == 0 or args.minutes == 0:
@@ -151,10 +177,28 @@ def get_args():
     if args.k == 1 and args.targets != "ground-truth":
         raise InputError("--k must be at least 2: with k = 1 there is nothing to distil (ordinary "
                          "next-token training is --k 1 --targets ground-truth)")
+    check_method(args, parser)
     if args.fsdp and parallel.rank_and_world()[1] == 1:
         raise InputError("--fsdp spreads a model over several processes: "
                          "torchrun --nproc_per_node=4 train.py --fsdp ...")
     return args
+
+
+def check_method(args, parser):
+    """Flags of the other method, which would do nothing, are InputErrors."""
+    others = ["loop", "extend", "kl_weight", "kl_top", "draft_vocab", "keep_gb"]
+    if args.heads:
+        others = ["fixed_k", "curriculum", "slot1_weight", "prefix_loss", "bidirectional",
+                  "random_init", "fsdp"]
+    for name in others:
+        if getattr(args, name) != parser.get_default(name):
+            method = "mask tokens" if args.heads else "heads"
+            raise InputError(f"--{name.replace('_', '-')} belongs to training with {method}: "
+                             + ("leave it out, or --heads" if args.heads else "add --heads K"))
+    if args.heads and args.k != parser.get_default("k"):
+        raise InputError("--k trains mask tokens, and this preset heads: leave one out")
+    if args.heads and args.targets == "soft":
+        raise InputError("--targets soft: with --heads the model's distribution is --kl-weight")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -184,8 +228,8 @@ def learning_rate(step, args):
 # One training step
 
 class Step(NamedTuple):
-    """What the log says of a step. Per slot: lists of k floats."""
-    k: int
+    """What the log says of a step. Per slot, or head: lists of k floats."""
+    k: int                          # slots of a region, or heads
     loss: float                     # nats: what is minimised
     slots: int                      # supervised tokens
     fed_tokens: int                 # by student and teacher each
@@ -194,6 +238,15 @@ class Step(NamedTuple):
     lr: float
     gradient_norm: float            # before clipping
     seconds: float
+
+
+def slots_of(batch, teacher, args):
+    """(supervised slots, tokens of the prefix loss) of a batch: two ints."""
+    if args.heads:                                  # a head's last slots reach beyond the text
+        return int((batch.truth != -100).sum()), 0
+    if teacher is None:                             # ground truth counts where it is known
+        return int((batch.truth != -100).sum()), len(batch.next_token)
+    return batch.truth.numel(), len(batch.next_token)
 
 
 def gradients(step, student, teacher, train, tokenizer, args):
@@ -207,46 +260,51 @@ def gradients(step, student, teacher, train, tokenizer, args):
     # over ranks and we want the sum; or 0, where a rank has run out of rows and reads one again,
     # since FSDP needs all ranks in each pass.
     device = next(student.parameters()).device
-    k, offset = draw_k_and_offset(step, args)
+    k, offset = (args.heads, None) if args.heads else draw_k_and_offset(step, args)
     rows = draw_rows(train, args.batch_size, step, args.seed)
     # prompts that are too long are left out, answers are cut
     encoded = encode_rows(rows, tokenizer, args.prompt_format, args.seq_len)
     encoded.sort(key=lambda row: len(row[1]))               # alike lengths share a pass
     passes = []
     for share, weight in parallel.deal(encoded, args.micro_batch_size):
-        batch = make_batch(share, k, offset, args.stride, tokenizer, device, args.bidirectional,
-                           prefix=args.prefix_loss > 0)
+        if args.heads:
+            batch = make_head_batch(share, k, tokenizer, device)
+        else:
+            batch = make_batch(share, k, offset, args.stride, tokenizer, device,
+                               args.bidirectional, prefix=args.prefix_loss > 0)
         passes.append((batch, weight))
 
-    # --- 2. The loss is a mean over the whole step, so count first: its slots (of ground truth only
-    # those whose truth is known), and the tokens of the prefix loss
-    counts = torch.zeros(2, device=device)
-    for batch, weight in passes:
-        has_target = batch.truth != -100 if teacher is None else torch.ones_like(batch.truth)
-        own = torch.tensor([has_target.sum(), len(batch.next_token)], device=device)
-        counts += own * (weight > 0)
-    total_slots, prefix_tokens = (max(1, int(n)) for n in parallel.total(counts).tolist())
+    # --- 2. The loss is a mean over the whole step, so count first: its slots, and the tokens of
+    # the prefix loss
+    counts = sum(torch.tensor(slots_of(batch, teacher, args)) for batch, weight in passes if weight)
+    total_slots, prefix_tokens = parallel.total(counts.to(device)).clamp(min=1).tolist()
 
     # --- 3. Forward and backward, pass by pass
-    loss_and_fed, per_slot = torch.zeros(2), torch.zeros(3, args.k)
+    loss_and_fed, per_slot = torch.zeros(2), torch.zeros(3, k)
     for n, (batch, weight) in enumerate(passes, 1):
         parallel.average_when(student, last=n == len(passes))       # DDP: in the last pass only
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-            loss, seen = region_loss(
-                student, teacher, batch, tokenizer, total_slots, soft=args.targets == "soft",
-                slot1_weight=args.slot1_weight, prefix_weight=args.prefix_loss,
-                prefix_tokens=prefix_tokens)
+            if args.heads:
+                loss, seen = head_loss(
+                    student, teacher, batch, tokenizer, total_slots,
+                    ground_truth=args.targets == "ground-truth", kl_weight=args.kl_weight,
+                    kl_top=args.kl_top)
+            else:
+                loss, seen = region_loss(
+                    student, teacher, batch, tokenizer, total_slots, soft=args.targets == "soft",
+                    slot1_weight=args.slot1_weight, prefix_weight=args.prefix_loss,
+                    prefix_tokens=prefix_tokens)
         (weight * loss).backward()
         if weight:
             loss_and_fed += torch.tensor([loss.item(), batch.ids.numel()])
             has_target = seen.targets != -100                                       # (N, k)
             agrees = seen.rollout == seen.targets
             confidence = has_target * seen.confidence
-            per_slot[:, :k] += torch.stack((has_target, agrees, confidence)).sum(dim=1).cpu()
+            per_slot += torch.stack((has_target, agrees, confidence)).sum(dim=1).cpu()
 
     # --- 4. Add up over ranks, for the log
     loss, fed = parallel.total(loss_and_fed.to(device)).tolist()
-    count, agreed, confidence = parallel.total(per_slot.to(device)).cpu()[:, :k]        # (k,) each
+    count, agreed, confidence = parallel.total(per_slot.to(device)).cpu()               # (k,) each
     return (k, loss, int(count.sum()), int(fed), (agreed / count.clamp(min=1)).tolist(),
             (confidence / count.clamp(min=1)).tolist())
 
@@ -272,49 +330,60 @@ def training_step(step, student, teacher, optimizer, train, tokenizer, args):
 
 def arithmetic(step, done, args):
     """What a Step was made of, in words."""
+    if args.heads:
+        return (f"step {step}: {args.batch_size} sequences, {done.k} heads, {done.slots} supervised "
+                f"tokens, {done.fed_tokens} tokens read\n")
     regions = done.slots / done.k / args.batch_size
     return (f"step {step}, k = {done.k}: {args.batch_size} sequences * {regions:.1f} regions * "
             f"{done.k} slots = {done.slots} supervised tokens, {done.fed_tokens} tokens fed\n")
 
 
 def progress(done):
-    """The numbers that matter, for the progress bar: slots 1, 2 and the last one."""
-    slots = ", ".join(f"{slot} {done.agreement[slot - 1]:.0%}"
+    """The numbers that matter, for the progress bar: slots (or heads) 1, 2 and the last one."""
+    slots = ", ".join(f"slot {slot} {done.agreement[slot - 1]:.0%}"
                       for slot in sorted({1, min(2, done.k), done.k}))
-    return (f"loss {done.loss:.2f}, agreement at slot {slots}, "
+    return (f"loss {done.loss:.2f}, agreement at {slots}, "
             f"{done.slots / done.seconds:.0f} slots/s")
 
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation on held-out prompts: several tokens per pass? And still the text that k = 1 writes?
 
-def evaluate(student, tokenizer, rows, args):
-    """Answer held-out rows with k = 1 and, for k_max > 1, at threshold 0.9. A dict for the log."""
+def evaluate(student, teacher, tokenizer, rows, args):
+    """Answer held-out rows with k = 1 and with several tokens per pass. A dict for the log.
+
+    Mask tokens: at threshold 0.9, for k_max > 1. Heads: draft and verify, which is the text of k = 1
+    """
+    model = teacher.model if args.heads else student
     prompts = [tokenizer.prompt(row["question"], args.prompt_format) for row in rows]
     golds = [gold_of(row["answer"]) for row in rows]
 
-    # FSDP gathers no weights in inference mode: take the function from under its decorator
-    write = torch.no_grad()(generate.__wrapped__) if args.fsdp else generate
-
-    def decode(k, threshold):
-        results = write(student, tokenizer, prompts, k, threshold, args.max_new_tokens)
+    def answer(decode, *way, **more):
+        # FSDP gathers no weights in inference mode: take the function from under its decorator
+        decode = torch.no_grad()(decode.__wrapped__) if args.fsdp else decode
+        results = decode(model, tokenizer, prompts, *way, max_new_tokens=args.max_new_tokens,
+                         **more)
         texts = [tokenizer.decode(result.tokens) for result in results]
         hits = [is_right(extract_flexible(text), gold) for text, gold in zip(texts, golds)]
         return results, sum(hits) / len(hits)
 
-    with torch.autocast(student.device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-        plain, accuracy = decode(1, None)
-        report = {"prompts": len(prompts), "accuracy_k1": accuracy}
-        if args.k == 1:
-            return report
-        adaptive, report["accuracy"] = decode(args.k, 0.9)
-    rates = [result.tokens_per_forward for result in adaptive]
+    report = {"prompts": len(prompts)}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+        if args.heads:
+            chunked, report["accuracy_k1"] = answer(speculate, args.heads + 1, heads=student)
+            report["acceptance"] = acceptance_by_position(chunked)      # of draft 1, 2, ...
+        else:
+            plain, report["accuracy_k1"] = answer(generate)
+            if args.k == 1:
+                return report
+            chunked, report["accuracy"] = answer(generate, args.k, 0.9)
+            # share of k = 1's tokens before the first difference
+            report["agreement_with_k1"] = shared_text([a.tokens for a in chunked],
+                                                      [a.tokens for a in plain])
+    rates = [result.tokens_per_forward for result in chunked]
     report["tokens_per_forward"] = sum(rates) / len(rates)
-    # share of k = 1's tokens before the first difference
-    report["agreement_with_k1"] = shared_text([a.tokens for a in adaptive],
-                                              [a.tokens for a in plain])
     report["sample"] = "".join(f"[{len(chunk)}|{tokenizer.decode(chunk)}]"
-                               for chunk in chunks_of(adaptive[0]))
+                               for chunk in chunks_of(chunked[0]))
     return report
 
 
@@ -326,14 +395,22 @@ def in_words(step, report):
         line += (f"; at threshold 0.9 {report['accuracy']:.0%}, {report['tokens_per_forward']:.2f} "
                  f"tokens per forward and {report['agreement_with_k1']:.0%} of the text as with "
                  f"k = 1\n{printable(report['sample'])}")
+    if "acceptance" in report:
+        stood = ", ".join(f"{share:.0%}" for share in report["acceptance"])
+        line += (f"; the same text at {report['tokens_per_forward']:.2f} tokens per forward, drafts "
+                 f"1, 2, ... stood in {stood}\n{printable(report['sample'])}")
     return line + "\n"
 
 
 # --------------------------------------------------------------------------------------------------
 # Training
 
-def check_lengths(train, tokenizer, args):
-    """Does --seq-len suit the data? Looks at the first 100 rows; InputError if none fits."""
+def check_lengths(train, tokenizer, start, args):
+    """Does --seq-len suit model and data? Looks at the first 100 rows; InputError if none fits."""
+    context = Config.from_dict(read_json(start / "config.json")).max_position_embeddings
+    if args.seq_len > context:
+        raise InputError(f"--seq-len {args.seq_len} is beyond the model's context of {context} "
+                         "tokens")
     some = [train[i] for i in range(min(100, len(train)))]
     fitting = encode_rows(some, tokenizer, args.prompt_format, args.seq_len)
     if not fitting:
@@ -359,10 +436,6 @@ def load_models(start, folder, tokenizer, args, device):
     if args.targets != "ground-truth":
         teacher = Transformer.from_pretrained(start, DTYPES[args.dtype], device)
         teacher.requires_grad_(False)
-    context = student.config.max_position_embeddings
-    if args.seq_len > context:
-        raise InputError(f"--seq-len {args.seq_len} is beyond the model's context of {context} "
-                         "tokens")
     if args.k > 1:
         fresh = tokenizer.mask_id is None                   # the start checkpoint has none
         tokenizer.add_mask_token()
@@ -375,9 +448,42 @@ def load_models(start, folder, tokenizer, args, device):
     return student, teacher
 
 
+def load_for_heads(start, folder, train, tokenizer, args, device):
+    """(heads, the frozen Backbone that they are for): heads as they are in `folder`, in fp32."""
+    model = Transformer.from_pretrained(start, DTYPES[args.dtype], device)
+    heads = load_heads(folder, torch.float32, device)
+    if args.extend:
+        trained = load_heads(start)
+        if trained is None or trained.loop or 2 * trained.depth != args.heads:
+            has = "one looped head" if trained and trained.loop else (
+                f"{trained.depth} heads" if trained else "no heads")
+            raise InputError(f"--extend --heads {args.heads} copies the {args.heads / 2:g} heads of "
+                             f"--model, which has {has}")
+        heads = heads if folder != start else heads.extend()
+        heads.freeze(args.heads // 2)
+    elif folder == start:
+        heads = Heads(model.config, args.heads, args.loop).initialise(args.seed).to(device)
+        if args.draft_vocab:
+            heads.draft_ids = most_frequent_ids(train, tokenizer, args)
+    heads.config.raw["nanomtp"] = {                         # a note in config.json for who decodes
+        "k_max": args.heads + 1, "heads": args.heads, "loop": args.loop,
+        "prompt_format": args.prompt_format, "data": args.data}
+    comes_again = args.steps * args.batch_size > len(train)
+    return heads, Backbone(model, tokenizer, args.keep_gb if comes_again else 0)
+
+
+def most_frequent_ids(train, tokenizer, args, rows=10_000):
+    """The draft vocabulary, (n,) long: the --draft-vocab most frequent tokens of the first rows."""
+    some = [train[i] for i in range(min(rows, len(train)))]
+    counts = Counter()
+    for _, ids in encode_rows(some, tokenizer, args.prompt_format, args.seq_len):
+        counts.update(ids)
+    return torch.tensor(sorted(token for token, _ in counts.most_common(args.draft_vocab)))
+
+
 def spread(student, teacher, args, device):
     """FSDP, torch.compile, DDP, where asked for. Returns what to call instead of the student."""
-    models = [student] if teacher is None else [student, teacher]
+    models = [model for model in (student, getattr(teacher, "model", teacher)) if model is not None]
     for model in models:
         if args.fsdp:
             parallel.shard(model, DTYPES[args.dtype])
@@ -415,12 +521,17 @@ def main():
     train, held_out = load_data(args.data, args.eval_prompts, args.seed)
     if args.limit:
         train = [train[i] for i in range(min(args.limit, len(train)))]
-    check_lengths(train, tokenizer, args)
+    check_lengths(train, tokenizer, start, args)
 
     # --- student, frozen teacher, optimiser
     state = load_trainer(out, args) if resuming else None
     folder = out / "latest" if resuming else start
-    student, teacher = load_models(start, folder, tokenizer, args, device)
+    if args.heads:
+        student, teacher = load_for_heads(start, folder, train, tokenizer, args, device)
+        save = functools.partial(save_heads, student, teacher.model, start)
+    else:
+        student, teacher = load_models(start, folder, tokenizer, args, device)
+        save = functools.partial(save_pretrained, student)
     settings = {"parameters": sum(p.numel() for p in student.parameters()), **vars(args),
                 "processes": world, **machine(device)}
     log = Log(out)
@@ -437,11 +548,11 @@ def main():
     bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True, disable=rank > 0)
     while True:
         if args.eval_every and step % args.eval_every == 0 and (step > first or step == 0):
-            report = evaluate(student, tokenizer, held_out, args)
+            report = evaluate(student, teacher, tokenizer, held_out, args)
             tqdm.write(in_words(step, report))
             log.record("eval", step, minutes=stop.minutes, **report)
         if step > first and step % args.save_every == 0:
-            saved = save_checkpoint(out, step, student, optimizer, tokenizer, args)
+            saved = save_checkpoint(out, step, save, student, optimizer, tokenizer, args)
         if step == args.steps or parallel.any_rank(stop.asked, device):
             break
         try:
@@ -461,7 +572,7 @@ def main():
 
     # --- the end: nothing is lost
     if step > first and step % args.save_every:
-        saved = save_checkpoint(out, step, student, optimizer, tokenizer, args)
+        saved = save_checkpoint(out, step, save, student, optimizer, tokenizer, args)
     log.record("end", step, minutes=stop.minutes, interrupted=stop.interrupted,
                peak_memory_gb=peak_memory(device))
     print(f"{step} steps; the newest checkpoint is {saved} (python sample.py --model {out})")

@@ -18,7 +18,6 @@ import torch
 from common import parallel
 from common.cli import InputError, output_folder, writing
 from common.files import new_folder
-from model import save_pretrained
 
 # Settings that a resumed run may change
 MAY_CHANGE = ("resume", "out", "steps", "minutes", "device", "micro_batch_size", "compile", "fsdp",
@@ -55,8 +54,10 @@ class Log:
             self.file.write((json.dumps({"event": event, "step": step, **row}) + "\n").encode())
 
 
-def save_checkpoint(out, step, student, optimizer, tokenizer, args):
+def save_checkpoint(out, step, save, student, optimizer, tokenizer, args):
     """Write out/step-N whole or not at all, point out/latest to it, keep the last two. Returns it.
+
+    save    (folder, weights): writes config and weights of the student, as its method stores them
 
     All ranks call it, rank 0 writes. What a step reads follows from (seed, step), so `step` is also
     the position in the data; the state of random number generators is kept all the same, for
@@ -72,7 +73,7 @@ def save_checkpoint(out, step, student, optimizer, tokenizer, args):
     with new_folder(folder) as temporary:
         if "nanomtp" in student.config.raw:
             student.config.raw["nanomtp"]["steps"] = step
-        save_pretrained(student, temporary, weights)
+        save(temporary, weights)
         tokenizer.save(temporary)
         try:
             torch.save(state, temporary / "trainer.pt")
