@@ -2,7 +2,8 @@
 Multi-token prediction with heads: the second method, in one file (MTP-D, arXiv 2603.23911).
 
     heads = Heads(model.config, depth=4)
-    loss, seen = head_loss(heads, Backbone(model, tokenizer), batch, tokenizer, total_slots)
+    batch = make_head_batch(rows, heads, device)
+    loss, seen = head_loss(heads, Backbone(model), batch, mask_id, total_slots)
 
 mtp.py teaches the model itself to write several tokens. Here the model, the *backbone*, is frozen,
 and a cascade of small heads is trained to say in advance what it is going to write. What they say
@@ -43,7 +44,7 @@ Words. *Depth* d: 1 .. K, a head's number. *Slot*: a prediction of one head at o
 target. *Draft vocabulary*: the tokens that may be drafted; the output matrix is most of a draft's
 cost on a small model, and few of its rows are needed often.
 
-Shapes: B sequences, T tokens, K depths, N positions that are drafted from, Q any number of slots,
+Shapes: B sequences, T tokens, K depths, N starts of drafting, Q any number of slots,
 C hidden size, V vocabulary, n draft vocabulary.
 """
 import copy
@@ -176,74 +177,62 @@ def draft_layer(heads, backbone, mask_id):
 
 class HeadBatch(NamedTuple):
     rows: list                      # B tuples of ids: the texts, prompt and answer
-    prompts: list                   # B ints: tokens of each prompt
     ids: torch.Tensor               # (B, T) long, padded at the end
     slots: tuple                    # row and token that each slot is read at, (N, K) long each
-    truth: torch.Tensor             # (N, K) long: the text's next token; -100 where there is none
+    truth: torch.Tensor             # (N, K) long: the text's next token; -100: no slot
 
 
-def make_head_batch(encoded, depth, tokenizer, device):
+def make_head_batch(encoded, heads, device):
     """Encoded rows -> a HeadBatch on `device`. `encoded` is that of `mtp.make_batch`.
 
-    Drafts are made at each token i from the last one of the prompt on: head d's is read at token
-    i + d. The last token of a text ends it; nothing is learned behind it.
+    Decoding drafts from each token of an answer on, and from the last one of the prompt. So does
+    training: from token i head d has a slot at token i + d, if a token of the text follows there.
     """
-    rows, prompts = [tuple(ids) for _, ids in encoded], [prompt for prompt, _ in encoded]
-    ids = torch.full((len(rows), max(map(len, rows)) + depth), tokenizer.end_id)    # (B, T + K)
-    known = torch.zeros_like(ids, dtype=torch.bool)
-    positions = []
+    rows = [tuple(ids) for _, ids in encoded]
+    T = max(map(len, rows))
+    text = torch.full((len(rows), T + heads.depth + 1), -100)
     for b, own in enumerate(rows):
-        ids[b, :len(own)] = torch.tensor(own)
-        known[b, :len(own)] = True
-        positions += [(b, i) for i in range(prompts[b] - 1, len(own) - 1)]
-    row, position = torch.tensor(positions, dtype=torch.long).view(-1, 2).unbind(dim=1)     # (N,)
-    row = row[:, None].expand(-1, depth)                                        # (N, K)
-    token = position[:, None] + torch.arange(1, depth + 1)                      # (N, K)
-    after = (token + 1).clamp(max=ids.shape[1] - 1)
-    truth = ids[row, after].masked_fill(~known[row, after], -100)               # (N, K)
-    ids = ids[:, :ids.shape[1] - depth]                                         # (B, T)
-    token = token.clamp(max=ids.shape[1] - 1)
-    return HeadBatch(rows, prompts, ids.to(device), (row.to(device), token.to(device)),
-                     truth.to(device))
+        text[b, :len(own)] = torch.tensor(own)
+    starts = [(b, i) for b, (prompt, own) in enumerate(encoded)
+              for i in range(prompt - 1, len(own) - 1)]
+    row, start = torch.tensor(starts, dtype=torch.long).view(-1, 2).unbind(dim=1)       # (N,) each
+    row = row[:, None].expand(-1, heads.depth)                                  # (N, K)
+    token = start[:, None] + torch.arange(1, heads.depth + 1)                   # (N, K)
+    truth = text[row, token + 1]                                                # (N, K)
+    truth[:, :heads.frozen] = -100
+    return HeadBatch(rows, text[:, :T].clamp(min=0).to(device),
+                     (row.to(device), token.clamp(max=T - 1).to(device)), truth.to(device))
 
 
 class Backbone:
-    """The frozen model, and what it says of a row: the same in every epoch, so it may be kept.
+    """The frozen model. What it makes of a text is the same in every epoch, so it may be kept.
 
     model       a Transformer
     keep_gb     how much memory the kept states may take, 10^9 bytes; 0: none
     """
 
-    def __init__(self, model, tokenizer, keep_gb=0.0):
-        self.model, self.mask_id = model.requires_grad_(False), tokenizer.mask_id
+    def __init__(self, model, keep_gb=0.0):
+        self.model = model.requires_grad_(False).eval()
         self.room, self.kept = keep_gb * 1e9, {}
 
     @torch.no_grad()
-    def read(self, rows):
-        """Texts -> for each its hidden states (T, C), and what the model writes behind each of its
-        tokens (T,) long."""
-        ids = [torch.tensor(row, device=self.model.device) for row in rows]
-        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)                  # (B, T)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-        states = self.model(ids, positions, causal, head=False)                 # (B, T, C)
-        layer = output_layer(self.model, self.mask_id)
-        own = [states[b, :len(row)] for b, row in enumerate(rows)]              # padding is behind
-        return [(states, most_likely_of(states, layer)[0]) for states in own]
-
-    def __call__(self, batch):
-        """states (B, T, C) and choices (B, T) long of a HeadBatch; 0 where a text is padded."""
+    def states(self, batch):
+        """Last hidden states of a HeadBatch's texts, (B, T, C)."""
         device = batch.ids.device
-        new = [row for row in dict.fromkeys(batch.rows) if row not in self.kept]
-        said = dict(zip(new, self.read(new))) if new else {}
-        both = [said.get(row) or self.kept[row] for row in batch.rows]
-        for row, (states, choices) in said.items():
-            if self.room >= states.nbytes:
-                self.kept[row] = states.cpu().clone(), choices.cpu()    # of the padded pass a copy
-                self.room -= states.nbytes
-        states, choices = zip(*both)
-        return tuple(nn.utils.rnn.pad_sequence([x.to(device) for x in some], batch_first=True)
-                     for some in (states, choices))
+        new = [b for b, row in enumerate(batch.rows) if row not in self.kept]
+        by_row = {}
+        if new:
+            ids = batch.ids[new]                                                # (rows, T)
+            positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+            causal = torch.ones(*2 * ids.shape[1:], dtype=torch.bool, device=device).tril()
+            for b, states in zip(new, self.model(ids, positions, causal, head=False)):
+                row = batch.rows[b]
+                by_row[row] = states[:len(row)]                                 # (own T, C)
+                if self.room >= by_row[row].nbytes:
+                    self.kept[row] = by_row[row].cpu().clone()      # of the padded pass a copy
+                    self.room -= by_row[row].nbytes
+        states = [by_row.get(row, self.kept.get(row)).to(device) for row in batch.rows]
+        return nn.utils.rnn.pad_sequence(states, batch_first=True)              # (B, T, C)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -263,12 +252,13 @@ def likeliest(states, layer, count):
     return torch.cat(indices), torch.cat(log_q)
 
 
-def head_loss(heads, backbone, batch, tokenizer, total_slots, ground_truth=False, kl_weight=1.0,
+def head_loss(heads, backbone, batch, mask_id, total_slots, ground_truth=False, kl_weight=1.0,
               kl_top=256):
     """One pass of all heads over a HeadBatch -> the loss, in nats, and what was `mtp.Seen`.
 
     heads           Heads, or what DDP wraps them in
     backbone        a Backbone
+    mask_id         id that is never a candidate, or None
     total_slots     number of slots of the whole training step. The loss of a pass is its share of
                     the step's mean
     ground_truth    targets are the text itself, not what the backbone would have written
@@ -276,17 +266,24 @@ def head_loss(heads, backbone, batch, tokenizer, total_slots, ground_truth=False
     kl_top          how many of the backbone's most likely tokens that term compares
     """
     own = getattr(heads, "module", heads)                                       # DDP wraps them
-    layer = draft_layer(own, backbone.model, tokenizer.mask_id)                 # (n, C), (n,)
+    layer = draft_layer(own, backbone.model, mask_id)                           # (n, C), (n,)
     row, token = batch.slots                                                    # (N, K) each
+    N, K = row.shape
 
-    # --- 1. The backbone: what it writes behind each token, and how likely it finds what
-    states, choices = backbone(batch)                                           # (B, T, C), (B, T)
+    # --- 1. The backbone reads the texts: what does it write behind each token, and how likely
+    # does it find what? Asked at head 1's slots; head d's from start n is where head 1 is from
+    # start n + d - 1
+    states = backbone.states(batch)                                             # (B, T, C)
+    asked = states[row[:, 0], token[:, 0]]                                      # (N, C)
+    same = torch.arange(N, device=row.device)[:, None] + torch.arange(K, device=row.device)
+    same = same.clamp(max=N - 1)                                                # (N, K)
+    index, log_q = likeliest(asked, layer, kl_top)                              # (N, kl_top) each
     targets = batch.truth
     if not ground_truth:
-        targets = choices[row, token].masked_fill(batch.truth == -100, -100)    # (N, K)
-    index, log_q = likeliest(states[row[:, 0], token[:, 0]], layer, kl_top)     # (N, kl_top) each
+        choices = most_likely_of(asked, output_layer(backbone.model, mask_id))[0]       # (N,)
+        targets = choices[same].masked_fill(batch.truth == -100, -100)          # (N, K)
 
-    # --- 2. Every head reads the texts, behind the one above it
+    # --- 2. Every head reads them, behind the one above it
     embedded = backbone.model.model.embed_tokens(batch.ids)                     # (B, T, C)
     by_depth = heads(embedded, states)                                  # K times (B, T - d, C)
 
@@ -301,16 +298,16 @@ def head_loss(heads, backbone, batch, tokenizer, total_slots, ground_truth=False
         best = log_p.detach().max(dim=-1)
         return loss, best.indices, best.values.exp()
 
-    loss, drafts = 0.0, torch.full_like(targets, -1)
+    loss = 0.0 * by_depth[-1].sum()             # a pass without any slot has a gradient too
+    drafts = torch.full_like(targets, -1)
     confidence = torch.zeros(targets.shape, device=targets.device)
     for d, hidden in enumerate(by_depth, 1):
-        n = (batch.truth[:, d - 1] != -100).nonzero()[:, 0]                     # (Q,): its slots
-        if d <= own.frozen or not len(n):
+        n = (targets[:, d - 1] != -100).nonzero()[:, 0]                         # (Q,): its slots
+        if not len(n):
             continue
-        at_row, at_token = row[n, d - 1], token[n, d - 1]                       # (Q,) each
-        # d - 1 slots further on, head 1 is at this very token: that is where the backbone was asked
-        inputs = (hidden[at_row, at_token - d], own.to_draft(targets[n, d - 1]),
-                  index[n + d - 1], log_q[n + d - 1])
+        inputs = (hidden[row[n, d - 1], token[n, d - 1] - d],                   # (Q, C)
+                  own.to_draft(targets[n, d - 1]),                              # (Q,)
+                  index[same[n, d - 1]], log_q[same[n, d - 1]])                 # (Q, kl_top) each
         parts = [checkpoint(of_portion, *portion, use_reentrant=False)
                  for portion in zip(*(x.split(CHUNK) for x in inputs))]
         loss = loss + sum(part[0] for part in parts) / total_slots

@@ -94,16 +94,16 @@ def verify(drafts, n_drafts, predicted):
 
 
 @torch.inference_mode()
-def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, heads=None,
-              max_new_tokens=256, stop_strings=(), on_chunk=None, choose=most_likely):
+def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, max_new_tokens=256,
+              stop_strings=(), on_chunk=None, choose=most_likely, heads=None):
     """Decode losslessly, up to k tokens per pass. Arguments and errors are `sample.generate`'s, but
 
     threshold   limits what is drafted, by `sample.accept`: where slot 1 was unsure, though it is
                 certain here, nothing. What is emitted it does not change
     narrow      mask tokens behind the last draft only, see the top of this file
-    heads       a heads.Heads: drafts are its, and no mask token is fed
     choose      the model's own tokens; with `draw`, what is emitted is distributed as by plain
                 sampling: see `verify`
+    heads       a heads.Heads: drafts are its, and no mask token is fed
     returns     one Answer per prompt, with `drafts`, (fed, stood) of each verifying pass
     """
     never = never_emitted(model, tokenizer, 1 if heads else k)

@@ -268,7 +268,7 @@ def gradients(step, student, teacher, train, tokenizer, args):
     passes = []
     for share, weight in parallel.deal(encoded, args.micro_batch_size):
         if args.heads:
-            batch = make_head_batch(share, k, tokenizer, device)
+            batch = make_head_batch(share, getattr(student, "module", student), device)
         else:
             batch = make_batch(share, k, offset, args.stride, tokenizer, device,
                                args.bidirectional, prefix=args.prefix_loss > 0)
@@ -286,7 +286,7 @@ def gradients(step, student, teacher, train, tokenizer, args):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
             if args.heads:
                 loss, seen = head_loss(
-                    student, teacher, batch, tokenizer, total_slots,
+                    student, teacher, batch, tokenizer.mask_id, total_slots,
                     ground_truth=args.targets == "ground-truth", kl_weight=args.kl_weight,
                     kl_top=args.kl_top)
             else:
@@ -469,7 +469,7 @@ def load_for_heads(start, folder, train, tokenizer, args, device):
         "k_max": args.heads + 1, "heads": args.heads, "loop": args.loop,
         "prompt_format": args.prompt_format, "data": args.data}
     comes_again = args.steps * args.batch_size > len(train)
-    return heads, Backbone(model, tokenizer, args.keep_gb if comes_again else 0)
+    return heads, Backbone(model, args.keep_gb if comes_again else 0)
 
 
 def most_frequent_ids(train, tokenizer, args, rows=10_000):

@@ -91,7 +91,7 @@ def contender(pipe, name, strategy, args, prompts):
             model = model.to(device).eval()
             settings = {"prompt_lookup_num_tokens": 10} if name == LOOKUP else {}
         else:
-            model, tokenizer, _ = load(args.model, device, dtype)
+            model, tokenizer, _, heads = load(args.model, device, dtype)
             tokenizer.stop_ids = set()
         pipe.send("ready")
         while pipe.recv() == "go":
