@@ -9,26 +9,23 @@ mtp.py teaches the model itself to write several tokens. Here the model, the *ba
 and a cascade of small heads is trained to say in advance what it is going to write. What they say
 are drafts, which the backbone verifies (speculate.py), so its text stays what it was, to the bit.
 
-The idea. A token xj and the backbone's last hidden state one token earlier, h(j-1), tell together
-what xj has just been chosen for, and what it is: enough for one transformer block to guess what
-comes behind xj, without a pass of the backbone over xj. So head 1 does at the newest token. Head 2
-does the same one token further, with head 1's state instead of the backbone's:
+The idea. The backbone's last hidden state at a token, h0[i], is what it chose the next token by,
+and now it is known which one that was, y. Both together are enough for one transformer block to
+guess the token after y, without a pass of the backbone over y. So head 1 drafts d1. Head 2 does the
+same one token further on, with head 1's state in place of the backbone's; and so on:
 
-    position     i          i+1           i+2           i+3
-    token        xi         y             d1            d2
+    position     i          i+1         i+2         i+3
+    token        xi         y           d1          d2          (y certain, d1 .. d3 drafts)
     backbone     h0[i]
-                       \\
-    head 1                  h1[i+1]
-                                     \\
-    head 2                                h2[i+2]
-                                                   \\
-    head 3                                              h3[i+3]
-    predicts     y          d1            d2            d3          y is certain, d1 .. d3 are drafts
+    head 1           `--->  h1[i+1]
+    head 2                      `--->   h2[i+2]
+    head 3                                  `--->   h3[i+3]
+    predicts     y          d1          d2          d3
 
     hd[j] = norm( block( eh_proj( [ enorm(E(xj)) ; hnorm(h(d-1)[j-1]) ] ) ) )
 
-[a ; b] is concatenation; the block is an ordinary one, and attends to all that its head has computed
-for earlier tokens. Logits are the backbone's own output matrix times hd. E is its embedding.
+[a ; b] is concatenation. The block is an ordinary one, and attends to what its head has computed
+for earlier tokens. E is the backbone's embedding; logits are its output matrix times hd.
 
 Training reads a text whose every token is known: all heads run over all of it, head d from token d
 on, and the backbone has to read it only once for all of them. The loss of head d at token j:
@@ -289,7 +286,7 @@ def head_loss(heads, backbone, batch, mask_id, total_slots, ground_truth=False, 
 
     # --- 3. Loss, depth by depth, and in portions, since vocabularies are large
     def of_portion(hidden, targets, index, log_q):
-        """(Q, C), (Q,), (Q, kl_top) twice -> sum of the loss; most likely token, probability (Q,)"""
+        """(Q, C), (Q,), (Q, kl_top) twice -> the loss, a sum; most likely drafts, probabilities"""
         log_p = F.linear(hidden, *layer).float().log_softmax(dim=-1)            # (Q, n)
         loss = F.nll_loss(log_p, targets, ignore_index=-100, reduction="sum")
         if kl_weight:
@@ -329,7 +326,7 @@ class Drafter:
 
     def __init__(self, heads, backbone, batch_size, capacity, never):
         """never   ids that are no candidates; the others as in KVCache"""
-        self.heads, self.backbone, device = heads, backbone, backbone.device
+        self.heads, self.backbone = heads, backbone
         self.layer = draft_layer(heads, backbone, never[0] if never else None)
         self.cache = KVCache(backbone, batch_size, capacity, heads.depth)
         self.cache.length += 1                  # no head is ever fed the first token
@@ -417,7 +414,7 @@ def save_heads(heads, backbone, start, folder, weights=None):
         raw["mtp_layer_types"] = ["full_attention"] * heads.depth
     save_pretrained(backbone, folder, everything)
     if heads.draft_ids is not None:
-        write_json(Path(folder) / "draft_vocab.json", heads.draft_ids.tolist())
+        write_json(Path(folder) / "draft_vocab.json", {"ids": heads.draft_ids.tolist()})
 
 
 def load_heads(folder, dtype=torch.float32, device="cpu"):
@@ -437,6 +434,7 @@ def load_heads(folder, dtype=torch.float32, device="cpu"):
                                  f"{tuple(x.shape)}")
             own[name] = there
         head.load_state_dict(own)
-    if (Path(folder) / "draft_vocab.json").exists():
-        heads.draft_ids = torch.tensor(read_json(Path(folder) / "draft_vocab.json"))
+    drafted = Path(folder) / "draft_vocab.json"
+    if drafted.exists():
+        heads.draft_ids = torch.tensor(read_json(drafted)["ids"])
     return heads.to(device, dtype)

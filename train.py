@@ -331,8 +331,8 @@ def training_step(step, student, teacher, optimizer, train, tokenizer, args):
 def arithmetic(step, done, args):
     """What a Step was made of, in words."""
     if args.heads:
-        return (f"step {step}: {args.batch_size} sequences, {done.k} heads, {done.slots} supervised "
-                f"tokens, {done.fed_tokens} tokens read\n")
+        return (f"step {step}: {args.batch_size} sequences, {done.k} heads, {done.slots} "
+                f"supervised tokens, {done.fed_tokens} tokens read\n")
     regions = done.slots / done.k / args.batch_size
     return (f"step {step}, k = {done.k}: {args.batch_size} sequences * {regions:.1f} regions * "
             f"{done.k} slots = {done.slots} supervised tokens, {done.fed_tokens} tokens fed\n")
@@ -352,7 +352,8 @@ def progress(done):
 def evaluate(student, teacher, tokenizer, rows, args):
     """Answer held-out rows with k = 1 and with several tokens per pass. A dict for the log.
 
-    Mask tokens: at threshold 0.9, for k_max > 1. Heads: draft and verify, which is the text of k = 1
+    Mask tokens: at threshold 0.9, for k_max > 1. Heads: draft and verify, which writes what k = 1
+    writes.
     """
     model = teacher.model if args.heads else student
     prompts = [tokenizer.prompt(row["question"], args.prompt_format) for row in rows]
@@ -397,7 +398,7 @@ def in_words(step, report):
                  f"k = 1\n{printable(report['sample'])}")
     if "acceptance" in report:
         stood = ", ".join(f"{share:.0%}" for share in report["acceptance"])
-        line += (f"; the same text at {report['tokens_per_forward']:.2f} tokens per forward, drafts "
+        line += (f"; the same text at {report['tokens_per_forward']:.2f} tokens per forward; draft "
                  f"1, 2, ... stood in {stood}\n{printable(report['sample'])}")
     return line + "\n"
 
@@ -455,10 +456,10 @@ def load_for_heads(start, folder, train, tokenizer, args, device):
     if args.extend:
         trained = load_heads(start)
         if trained is None or trained.loop or 2 * trained.depth != args.heads:
-            has = "one looped head" if trained and trained.loop else (
+            has = "a looped head" if trained and trained.loop else (
                 f"{trained.depth} heads" if trained else "no heads")
-            raise InputError(f"--extend --heads {args.heads} copies the {args.heads / 2:g} heads of "
-                             f"--model, which has {has}")
+            raise InputError(f"--extend --heads {args.heads} needs a --model with half as many "
+                             f"heads, not looped; {args.model} has {has}")
         heads = heads if folder != start else heads.extend()
         heads.freeze(args.heads // 2)
     elif folder == start:
@@ -483,7 +484,8 @@ def most_frequent_ids(train, tokenizer, args, rows=10_000):
 
 def spread(student, teacher, args, device):
     """FSDP, torch.compile, DDP, where asked for. Returns what to call instead of the student."""
-    models = [model for model in (student, getattr(teacher, "model", teacher)) if model is not None]
+    frozen = teacher.model if args.heads else teacher           # a Backbone holds a Transformer
+    models = [model for model in (student, frozen) if model is not None]
     for model in models:
         if args.fsdp:
             parallel.shard(model, DTYPES[args.dtype])
