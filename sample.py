@@ -319,8 +319,8 @@ def main():
     lossless = args.lossless and ("narrow" if args.narrow else "wide") or None
     strategy = choose_strategy(args.k, args.threshold, trained.get("k_max", 1), lossless, heads)
     if args.temperature > 0 and strategy.k > 1 and not strategy.lossless:
-        raise InputError("--temperature draws several tokens per pass only where they are verified: "
-                         "add --lossless, or --k 1")
+        raise InputError("--temperature draws several tokens per pass only where they are "
+                         "verified: add --lossless, or --k 1")
     if args.narrow and heads:
         raise InputError("--narrow is about mask tokens, and this checkpoint drafts with heads: "
                          "leave it out")

@@ -4,6 +4,7 @@ Draft and verify: fewer passes, and exactly the text that the same checkpoint wr
     python sample.py --lossless --compare                       # the same text, in fewer passes
     python sample.py --lossless --narrow --compare              # narrower passes, for a CPU
     python eval_gsm8k.py --data wordproblems --lossless --narrow
+    python sample.py --model out-heads --compare        # trained with --heads: drafts by heads.py
 
 sample.py emits what the mask tokens predict. Here it is only a *draft*: the next pass reads it as
 text, and so computes anyway what the model itself would have written instead. Drafts stand up to
@@ -24,8 +25,18 @@ et al. 2023, arXiv 2211.17192.)
 behind the last draft alone, up to 2k - 1 tokens a pass: where any draft falls, these have read it,
 and the next pass has none to verify.
 
+*Heads* need no mask tokens: they draft after the pass, from the hidden states of what stands, k - 1
+drafts behind the newest certain token (heads.py). A pass is up to k tokens, and the text is that of
+the model that they were trained beside, which they leave as it was.
+
 The committed length advances over t and the standing drafts only. A drafted stop token ends nothing
 until it is verified. The text is that of k = 1 up to near-ties between kernels of different widths.
+
+*Sampling* loses nothing either. Speculative sampling keeps a draft x with probability p(x), p being
+the model's distribution in its place, and where it refuses draws from p without x (Leviathan et
+al.; for a draft that was not itself drawn). That is: draw y from p, and keep the draft if it is y,
+else y is what comes there. So the loop stays as it is; `choose` draws instead of taking the most
+likely token.
 
 Shapes: B rows still decoding, W room for certain tokens and drafts, D room for drafts, R regions,
 T = W + R(k-1) fed tokens, S places in the cache, V vocabulary.
@@ -101,8 +112,7 @@ def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, max_ne
     threshold   limits what is drafted, by `sample.accept`: where slot 1 was unsure, though it is
                 certain here, nothing. What is emitted it does not change
     narrow      mask tokens behind the last draft only, see the top of this file
-    choose      the model's own tokens; with `draw`, what is emitted is distributed as by plain
-                sampling: see `verify`
+    choose      how the model's own tokens are chosen; what is emitted is distributed as with k = 1
     heads       a heads.Heads: drafts are its, and no mask token is fed
     returns     one Answer per prompt, with `drafts`, (fed, stood) of each verifying pass
     """

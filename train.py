@@ -4,11 +4,15 @@ Teach a pretrained model to write several tokens per forward pass, by self-disti
     python train.py --k 3                               # the tiny model on word problems, a laptop
     python train.py --preset smollm2 --out out-gsm8k                # SmolLM2-135M on GSM8K, a CPU
     python train.py --preset paper --model Qwen/Qwen3-0.6B --out out-qwen               # one GPU
+    python train.py --heads 4 --out out-heads           # heads on the tiny model, which stays as is
 
 The method is mtp.py: the student writes k tokens at once, its frozen start checkpoint, the teacher,
 says what it would have written at each slot, and cross-entropy pulls the one to the other. This
 file is the loop around it. All weights of the student are trained; new is only the mask token's row
 of the embedding (and of an untied output matrix), so the result is an ordinary checkpoint.
+
+With --heads it is the second method, heads.py: the start checkpoint is frozen, and what is trained
+are heads that draft its text in advance. Rows and steps, log and checkpoints are the same.
 
 The paper's recipe ("Implementation details" and its appendix "Hyperparameters"): lr 1e-5 after 2000
 steps of warm-up, batches of 128 sequences, k up to 16, about 100k steps. `--preset paper` has it.
@@ -174,7 +178,7 @@ def get_args():
         raise InputError("--lr and --minutes must be above 0")
     if not 0 < args.beta2 < 1:
         raise InputError("--beta2 must lie between 0 and 1")
-    if args.k == 1 and args.targets != "ground-truth":
+    if args.k == 1 and args.targets != "ground-truth" and not args.heads:
         raise InputError("--k must be at least 2: with k = 1 there is nothing to distil (ordinary "
                          "next-token training is --k 1 --targets ground-truth)")
     check_method(args, parser)
@@ -188,8 +192,8 @@ def check_method(args, parser):
     """Flags of the other method, which would do nothing, are InputErrors."""
     others = ["loop", "extend", "kl_weight", "kl_top", "draft_vocab", "keep_gb"]
     if args.heads:
-        others = ["fixed_k", "curriculum", "slot1_weight", "prefix_loss", "bidirectional",
-                  "random_init", "fsdp"]
+        others = ["fixed_k", "curriculum", "stride", "slot1_weight", "prefix_loss",
+                  "bidirectional", "fsdp"]
     for name in others:
         if getattr(args, name) != parser.get_default(name):
             method = "mask tokens" if args.heads else "heads"
@@ -197,6 +201,10 @@ def check_method(args, parser):
                              + ("leave it out, or --heads" if args.heads else "add --heads K"))
     if args.heads and args.k != parser.get_default("k"):
         raise InputError("--k trains mask tokens, and this preset heads: leave one out")
+    if args.heads and args.random_init:                     # of the preset pretrain-tiny, too
+        raise InputError("--random-init leaves heads no model to learn from: leave out --heads")
+    if args.extend and (args.loop or args.draft_vocab):
+        raise InputError("--extend copies heads as they are: leave out --loop and --draft-vocab")
     if args.heads and args.targets == "soft":
         raise InputError("--targets soft: with --heads the model's distribution is --kl-weight")
 
@@ -242,11 +250,11 @@ class Step(NamedTuple):
 
 def slots_of(batch, teacher, args):
     """(supervised slots, tokens of the prefix loss) of a batch: two ints."""
-    if args.heads:                                  # a head's last slots reach beyond the text
-        return int((batch.truth != -100).sum()), 0
-    if teacher is None:                             # ground truth counts where it is known
-        return int((batch.truth != -100).sum()), len(batch.next_token)
-    return batch.truth.numel(), len(batch.next_token)
+    known = int((batch.truth != -100).sum())
+    if args.heads:
+        return known, 0
+    # without a teacher, a slot counts where the text goes on
+    return batch.truth.numel() if teacher else known, len(batch.next_token)
 
 
 def gradients(step, student, teacher, train, tokenizer, args):
@@ -260,7 +268,8 @@ def gradients(step, student, teacher, train, tokenizer, args):
     # over ranks and we want the sum; or 0, where a rank has run out of rows and reads one again,
     # since FSDP needs all ranks in each pass.
     device = next(student.parameters()).device
-    k, offset = (args.heads, None) if args.heads else draw_k_and_offset(step, args)
+    k, offset = draw_k_and_offset(step, args)
+    k = args.heads or k                                     # all heads, in every step
     rows = draw_rows(train, args.batch_size, step, args.seed)
     # prompts that are too long are left out, answers are cut
     encoded = encode_rows(rows, tokenizer, args.prompt_format, args.seq_len)
@@ -437,6 +446,7 @@ def load_models(start, folder, tokenizer, args, device):
     if args.targets != "ground-truth":
         teacher = Transformer.from_pretrained(start, DTYPES[args.dtype], device)
         teacher.requires_grad_(False)
+    student.config.raw.pop("num_mtp_layers", None)          # the start's heads, if any, stay behind
     if args.k > 1:
         fresh = tokenizer.mask_id is None                   # the start checkpoint has none
         tokenizer.add_mask_token()
@@ -466,6 +476,7 @@ def load_for_heads(start, folder, train, tokenizer, args, device):
         heads = Heads(model.config, args.heads, args.loop).initialise(args.seed).to(device)
         if args.draft_vocab:
             heads.draft_ids = most_frequent_ids(train, tokenizer, args)
+    heads.config = model.config                             # one config.json for both
     heads.config.raw["nanomtp"] = {                         # a note in config.json for who decodes
         "k_max": args.heads + 1, "heads": args.heads, "loop": args.loop,
         "prompt_format": args.prompt_format, "data": args.data}
