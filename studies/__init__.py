@@ -3,7 +3,8 @@ Studies: what was measured, compared and drawn with nanoMTP. Nothing above this 
 
     python -m studies.NAME --help
 
-    ablate, clash               the paper's ablations in miniature; why ground truth as labels fails
+    ablate, cascade             the papers' claims in miniature: of mask tokens, of heads
+    clash                       why ground truth as labels fails
     answers                     training rows that the model wrote itself
     confidence                  is the student right when it is sure?
     bench, efficiency, plan     speed of decoding and of training; memory for training

@@ -8,6 +8,8 @@ checkpoint.
 When it decodes, the student reads its own text, not the data set's. Distilled on the data set's
 answers, it is judged after prefixes that it would never write; on its own answers, after those that
 it will meet. (The paper trains on the data set's.)
+
+Rows come in the order of their prompts' lengths, so that a batch pads little: alike ones share it.
 """
 import json
 from pathlib import Path
@@ -36,8 +38,8 @@ def whole_lines(path, questions):
         answered = [json.loads(line)["question"] for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds no rows of this script: {error}") from None
-    if answered != questions[:len(lines)]:
-        raise InputError(f"{path} answers other questions: resume with the same --data and --seed")
+    if answered != list(questions[:len(lines)]):
+        raise InputError(f"{path} answers other questions: resume with the same flags")
     return lines
 
 
@@ -74,7 +76,9 @@ def main():
     style = args.prompt_format or tokenizer.default_format
     # not fused, unlike what sample.load returns: faster for many rows
     model = Transformer.from_pretrained(folder, pick_dtype(args.dtype, device), device)
-    prompts = [tokenizer.prompt(question, style) for question in questions]
+    pairs = [(tokenizer.prompt(question, style), question) for question in questions]
+    pairs.sort(key=lambda pair: len(pair[0]))               # stable: when resumed the same order
+    prompts, questions = zip(*pairs)
     check_prompts(prompts, model)
 
     # --- answer; a batch is on disk as soon as it is done

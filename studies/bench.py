@@ -4,11 +4,15 @@ Decoding speed: ours, beside transformers', with the same weights, prompts, thre
     python -m studies.bench                         # out/latest or tiny-mtp: under two minutes
     python -m studies.bench --model smollm2-135m --batch-size 1 --out results/bench-smollm2
     python -m studies.bench --model out-gsm8k --prompt-tokens 1024
+    python -m studies.bench --model out-heads --data questions.jsonl --rounds 20
 
 Every contender lives in a process of its own and loads its own copy of the weights. They take
-turns, one round each (a machine whose speed drifts favours none), after rounds that do not count.
-Timed is decoding only, from the end of the pass that reads the prompt. Stop tokens are ignored, so
-all write the same number of tokens; the texts are compared.
+turns, one round each (a machine whose speed drifts favours none), after rounds that do not count;
+ratios are taken round by round. All rounds have the same prompts, solved word problems, or with
+--data each its own: questions in the checkpoint's format (in a batch: of one length). Timed is
+decoding only, from the end of the pass that reads the prompt. Stop tokens are ignored, so all write
+the same number of tokens; the texts are compared. Of a checkpoint with heads, static 1 is its start
+model itself, and drafts of 1, 2, ... heads are verified.
 
 Then, for one row: milliseconds per pass by the number of fed tokens, and how near a pass of one
 token comes to the time that it takes merely to read weights and cache from memory at the bandwidth
@@ -27,6 +31,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.cli import ArgumentParser, InputError
+from common.data import load_questions
 from common.files import write_json, write_text
 from common.hub import default_model, resolve
 from common.machine import dtype_name, machine, peak_memory, pick_device, pick_dtype
@@ -37,6 +42,7 @@ from speculate import decode
 from studies import needs
 
 BASELINE, LOOKUP = "transformers, greedy", "transformers, prompt lookup"
+PLAIN = "ours, static 1"
 MEBIBYTE = 2 ** 20
 
 
@@ -44,8 +50,8 @@ MEBIBYTE = 2 ** 20
 # Contenders. Each decodes `prompts`, `count` new tokens for each, and returns (tokens of each row,
 # decoding seconds, tokens in that time, passes)
 
-def decode_ours(model, tokenizer, prompts, count, strategy):
-    results = decode(model, tokenizer, prompts, strategy, max_new_tokens=count)
+def decode_ours(model, tokenizer, heads, prompts, count, strategy):
+    results = decode(model, tokenizer, prompts, strategy, heads, max_new_tokens=count)
     seconds = max(result.seconds for result in results) - results[0].prompt_seconds
     tokens = sum(len(result.tokens) - result.chunks[0] for result in results)
     passes = max(result.passes for result in results)
@@ -73,8 +79,8 @@ def decode_theirs(model, prompts, count, **settings):
     return output[:, length:].tolist(), ended - began, tokens, len(stamps)
 
 
-def contender(pipe, name, strategy, args, prompts):
-    """What runs in a contender's process: load, then decode whenever told to.
+def contender(pipe, name, strategy, args):
+    """What runs in a contender's process: load, then decode whatever prompts come.
 
     strategy   one of ours, or None: transformers
     Sends a round's result and peak memory (bytes), or a string: why there is none.
@@ -94,23 +100,27 @@ def contender(pipe, name, strategy, args, prompts):
             model, tokenizer, _, heads = load(args.model, device, dtype)
             tokenizer.stop_ids = set()
         pipe.send("ready")
-        while pipe.recv() == "go":
+        while (prompts := pipe.recv()) != "stop":
             if strategy is None:
                 result = decode_theirs(model, prompts, args.max_new_tokens, **settings)
             else:
-                result = decode_ours(model, tokenizer, prompts, args.max_new_tokens, strategy)
+                result = decode_ours(
+                    model, tokenizer, heads, prompts, args.max_new_tokens, strategy)
             pipe.send((*result, peak_memory(device) * 1e9))
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
 
 
-def race(strategies, args, prompts):
-    """{name: list of rounds} for one batch size, all contenders in turns."""
+def race(strategies, args, batches):
+    """{name: list of rounds} for one batch size, all contenders in turns.
+
+    batches   lists of prompts: a round decodes one of them, the next round the next
+    """
     context, processes = multiprocessing.get_context("spawn"), {}
     for name, strategy in strategies.items():
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=contender, args=(theirs, name, strategy, args, prompts), daemon=True)
+            target=contender, args=(theirs, name, strategy, args), daemon=True)
         process.start()
         processes[name] = (process, ours)
     for name, (_, pipe) in processes.items():
@@ -123,11 +133,11 @@ def race(strategies, args, prompts):
 
     rounds = {name: [] for name in strategies}
     turns = args.warmup + args.rounds
-    with tqdm(total=turns * len(strategies), unit="round", desc=f"batch {len(prompts)}",
+    with tqdm(total=turns * len(strategies), unit="round", desc=f"batch {len(batches[0])}",
               dynamic_ncols=True) as bar:
         for turn in range(turns):
             for name, (_, pipe) in processes.items():
-                pipe.send("go")
+                pipe.send(batches[turn % len(batches)])
                 answer = pipe.recv()
                 if isinstance(answer, str):
                     raise InputError(f"{name} failed: {answer}")
@@ -146,38 +156,46 @@ def race(strategies, args, prompts):
 # Tables
 
 def summarise(rounds, size):
-    """What `race` returned for a batch of `size` rows -> {name: numbers for table and record}."""
-    greedy = rounds[BASELINE][0][0]
+    """What `race` returned for batches of `size` rows -> {name: numbers for table and record}."""
     entries = {}
     for name, runs in rounds.items():
-        texts, _, tokens, passes, peak = runs[0]
-        per_pass = tokens / size / (passes - 1) if passes > 1 else float("nan")
+        passes = sum(n - 1 for _, _, _, n, _ in runs)           # that of the prompt is not timed
+        same = [text == greedy for run, base in zip(runs, rounds[BASELINE])
+                for text, greedy in zip(run[0], base[0])]
         entries[name] = {
-            "passes": passes,
+            "passes": runs[0][3],
             "tokens_per_second": [tokens / seconds for _, seconds, tokens, *_ in runs],
-            "tokens_per_pass_and_row": per_pass,
-            "greedy_texts": sum(a == b for a, b in zip(texts, greedy)),
-            "peak_mebibytes": peak / MEBIBYTE,
+            "tokens_per_pass_and_row":
+                sum(run[2] for run in runs) / size / passes if passes else float("nan"),
+            "greedy_texts": sum(same),
+            "texts": len(same),
+            "peak_mebibytes": runs[0][4] / MEBIBYTE,
         }
-    baseline = statistics.median(entries[BASELINE]["tokens_per_second"])
     for entry in entries.values():
-        entry["ratio"] = statistics.median(entry["tokens_per_second"]) / baseline
+        for ratio, name in (("ratio", BASELINE), ("ratio_to_k1", PLAIN)):
+            base = entries[name]["tokens_per_second"]
+            entry[ratio] = [own / theirs for own, theirs in zip(entry["tokens_per_second"], base)]
     return entries
 
 
+def middle(values, digits):
+    """Median (least - most) of a list."""
+    return "{:.{d}f} ({:.{d}f} - {:.{d}f})".format(
+        statistics.median(values), min(values), max(values), d=digits)
+
+
 def race_table(entries, size):
-    lines = [f"batch {size}\n",
-             "| decoding only | tokens/s, median | range | vs transformers "
+    lines = [f"batch {size}; median (range) over rounds\n",
+             "| decoding only | tokens/s | times transformers | times our k = 1 "
              "| tokens per pass and row | greedy text | peak MiB |", "|" + "---|" * 7]
     for name, e in entries.items():
-        rates = e["tokens_per_second"]
         cells = [
             name,
-            f"{statistics.median(rates):.1f}",
-            f"{min(rates):.1f} - {max(rates):.1f}",
-            f"{e['ratio']:.2f}",
+            middle(e["tokens_per_second"], 1),
+            middle(e["ratio"], 2),
+            middle(e["ratio_to_k1"], 2),
             f"{e['tokens_per_pass_and_row']:.2f}",
-            f"{e['greedy_texts']} of {size}",
+            f"{e['greedy_texts']} of {e['texts']}",
             f"{e['peak_mebibytes']:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -246,7 +264,8 @@ def get_args():
     add = parser.add_argument_group("the race").add_argument
     add("--batch-size", type=int, nargs="+", default=[1, 8],
         help="prompts decoded together, one or several (1 8)")
-    add("--prompt-tokens", type=int, default=128, help="(%(default)s)")
+    add("--data", help="ask the questions of a JSONL file, or gsm8k, instead")
+    add("--prompt-tokens", type=int, default=128, help="without --data (%(default)s)")
     add("--max-new-tokens", type=int, default=128, help="(%(default)s)")
     add("--rounds", type=int, default=5, help="that count (%(default)s)")
     add("--warmup", type=int, default=1, help="rounds before them (%(default)s)")
@@ -272,10 +291,31 @@ def make_prompts(tokenizer, count, length):
     return prompts
 
 
-def contenders(k_max):
-    """{name: Strategy} of ours: static k, adaptive and lossless, as far as the checkpoint goes."""
-    strategies = [Strategy(k) for k in range(1, k_max + 1)]
-    if k_max > 1:
+def make_batches(args, tokenizer, style, size):
+    """What rounds decode: lists of `size` prompts. InputError where --data has too few."""
+    if args.data is None:
+        return [make_prompts(tokenizer, size, args.prompt_tokens)]
+    wanted, batches, alike = args.warmup + args.rounds, [], {}
+    for row in load_questions(args.data, None, 0, seed=0)[0]:
+        prompt = tokenizer.prompt(row["question"], style)
+        some = alike.setdefault(len(prompt), [])                # no padding, so of one length
+        some.append(prompt)
+        if len(some) == size:
+            batches.append(alike.pop(len(prompt)))
+        if len(batches) == wanted:
+            return batches
+    raise InputError(f"{args.data} has {len(batches)} batches of {size} questions with as many "
+                     f"tokens, {wanted} rounds need one each: lower --batch-size or --rounds")
+
+
+def contenders(k_max, heads):
+    """{name: Strategy} of ours, as far as the checkpoint goes: static k, adaptive and lossless; of
+    a checkpoint with heads, whose drafts are always verified, k = 1 and lossless k."""
+    if heads:
+        strategies = [Strategy(1)] + [Strategy(k, None, "heads") for k in range(2, k_max + 1)]
+    else:
+        strategies = [Strategy(k) for k in range(1, k_max + 1)]
+    if k_max > 1 and not heads:
         strategies += [Strategy(k_max, 0.9), Strategy(k_max, None, "wide"),
                        Strategy(k_max, None, "narrow")]
     return {f"ours, {strategy.name}": strategy for strategy in strategies}
@@ -290,33 +330,39 @@ def main():
     args.model = args.model or default_model()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    model, tokenizer, trained = load(args.model, device, dtype)
-    k_max, total = trained.get("k_max", 1), args.prompt_tokens + args.max_new_tokens
+    model, tokenizer, trained, heads = load(args.model, device, dtype)
+    k_max = trained.get("k_max", 1)
+    style = trained.get("prompt_format") or tokenizer.default_format
+    sizes = {size: make_batches(args, tokenizer, style, size) for size in args.batch_size}
+    longest = max(len(prompt) for batches in sizes.values() for some in batches for prompt in some)
+    total = longest + args.max_new_tokens
     if total >= model.config.max_position_embeddings:
         raise InputError(f"{total} tokens do not fit the model's context of "
                          f"{model.config.max_position_embeddings}")
     out = cli.output_folder(args.out)
 
     # --- the race
-    prompts = make_prompts(tokenizer, max(args.batch_size), args.prompt_tokens)
     races, tables = {}, []
-    for size in args.batch_size:
+    for size, batches in sizes.items():
         theirs = {BASELINE: None}
         if size == 1:                                   # assisted decoding is for one row
             theirs[LOOKUP] = None
-        rounds = race(theirs | contenders(k_max), args, prompts[:size])
+        rounds = race(theirs | contenders(k_max, heads), args, batches)
         races[size] = summarise(rounds, size)
         tables.append(race_table(races[size], size))
 
-    # --- one pass by itself, as wide as decoding gets
-    widths = list(range(1, 2 * k_max)) + [k_max ** 2] * (k_max > 2)
+    # --- one pass by itself, as wide as decoding gets: with heads, a certain token and the drafts
+    widths = list(range(1, k_max + 1))
+    if not heads:
+        widths = list(range(1, 2 * k_max)) + [k_max ** 2] * (k_max > 2)
     times = milliseconds_by_width(model, args.prompt_tokens, widths, repeats=20)
     bandwidth, read = copy_bandwidth(device), bytes_per_pass(model, args.prompt_tokens)
     share = read / bandwidth / (times[1] / 1000)
 
     record = {"races": races, "milliseconds_by_width": times, "copy_bytes_per_second": bandwidth,
               "share_of_bandwidth_limit": share, **vars(args), **machine(device)}
-    head = (f"{args.model}, {dtype_name(dtype)}, {args.prompt_tokens} prompt tokens, "
+    asked = args.data or f"{args.prompt_tokens} prompt tokens"
+    head = (f"{args.model}, {dtype_name(dtype)}, {asked}, "
             f"{args.max_new_tokens} new, {args.rounds} rounds in turns; {record['device']}, torch "
             f"{record['torch']}, commit {record['commit']}")
     end = (f"A pass of one token reads {read / 1e6:.0f} MB of weights and cache; at the "

@@ -144,8 +144,8 @@ def evaluate(folder, repeat, prompts, plain, device, args):
     """Let the heads in `folder` draft, their one head `repeat` times (0: as they are).
 
     prompts, plain  a list of ids for each question: what is asked, and what k = 1 writes
-    returns         a dict for each question: tokens, passes, and `stood`, a list: in how many
-                    verifying passes exactly 0, 1, ... drafts stood
+    returns         a dict for each question: tokens, passes, `stood`, a list: in how many verifying
+                    passes exactly 0, 1, ... drafts stood; and whether the text is k = 1's
     In fp32: it is counted, not timed, and near-ties, which passes of different widths may resolve
     differently, are rare there.
     """
@@ -155,16 +155,11 @@ def evaluate(folder, repeat, prompts, plain, device, args):
     K = heads.depth
     answers = answer(model, tokenizer, prompts, Strategy(K + 1, None, "heads"), heads, args)
 
-    # --- what this is all about: the text stays the start model's
-    differ = [n for n, (own, text) in enumerate(zip(answers, plain, strict=True))
-              if own.tokens != text]
-    assert not differ, f"{folder}: not the text of k = 1 in answers {differ} of {len(plain)}"
-
     counted = []
-    for own in answers:
-        assert all(fed == K for fed, _ in own.drafts), own.drafts
+    for own, text in zip(answers, plain, strict=True):
         stood = [sum(n == exactly for _, n in own.drafts) for exactly in range(K + 1)]
-        counted.append({"tokens": len(own.tokens), "passes": own.passes, "stood": stood})
+        counted.append({"tokens": len(own.tokens), "passes": own.passes, "stood": stood,
+                        "same_text": own.tokens == text})       # what this is all about
     return counted
 
 
@@ -403,7 +398,9 @@ def main():
 
     # --- the table
     table, found = summarise(runs), claims(runs)
+    same = [question["same_text"] for own in runs.values() for run in own for question in run]
     text = f"{markdown(table, runs, args)}\n{NOTE}\n" + "".join(in_words(c) + "\n" for c in found)
+    text += f"\n{sum(same)} of {len(same)} answers are those of k = 1, token for token.\n"
     write_json(out / "table.json", {"settings": settings, **machine(device), "table": table,
                                     "claims": found, "runs": numbers(runs)})
     write_text(out / "table.md", text)

@@ -20,11 +20,12 @@ import json
 import random
 
 from common import cli
-from common.cli import SWITCH, ArgumentParser
+from common.cli import SWITCH, ArgumentParser, InputError
 from common.files import write_json, write_text
 from common.hub import DEFAULT_MODEL, resolve
 from common.machine import machine, pick_device, pick_dtype
 from common.wordproblems import NAMES, THINGS
+from heads import load_heads
 from sample import generate, load
 from studies.ablate import keep_settings, run_script
 from studies.viewer import passes_of
@@ -50,7 +51,7 @@ def rows_of(seed, count):
 def measure(folder, rows, k, device, dtype):
     """A dict of: the share of first chunks that begin one of the two answers, the first few chunks,
     what each slot of the first row held likely, and a question with a chunk that fits neither."""
-    model, tokenizer, trained = load(folder, device, dtype)
+    model, tokenizer, trained, _ = load(folder, device, dtype)
     prompts = [tokenizer.prompt(row["question"], trained["prompt_format"]) for row in rows]
     results = generate(model, tokenizer, prompts, k, max_new_tokens=k)
     chunks = [tokenizer.decode(result.tokens) for result in results]
@@ -78,7 +79,9 @@ def main():
     args = parser.parse_args()
     cli.at_least(args, k=2, steps=1, limit=1)
     device = pick_device(args.device)
-    resolve(args.model)                                     # before anything is written
+    if load_heads(resolve(args.model)):                     # before anything is written
+        raise InputError(f"{args.model} drafts with heads: this study trains mask tokens, so start "
+                         "from what its heads were trained on")
     dtype = pick_dtype(args.dtype, device)
     cli.spare(args.out, args.resume)
     out = cli.output_folder(args.out)

@@ -107,7 +107,10 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     args.model = args.model or default_model()
-    student, tokenizer, trained = load(args.model, device, dtype)
+    student, tokenizer, trained, heads = load(args.model, device, dtype)
+    if heads:
+        raise InputError(f"{args.model} drafts with heads, and what it emits is its start model's "
+                         "own: this study is about mask tokens")
     k_max = trained.get("k_max", 1)
     if k_max < 2:
         raise InputError(f"{args.model} predicts one token per pass: train it first (train.py)")

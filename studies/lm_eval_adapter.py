@@ -1,5 +1,5 @@
 """
-Our decoding inside EleutherAI's lm-eval: any generate_until task, static or adaptive k.
+Our decoding inside EleutherAI's lm-eval: any generate_until task, static or adaptive k, or heads.
 
     pip install -r requirements-dev.txt                         # lm-eval is no run-time requirement
     python -m studies.lm_eval_adapter --tasks gsm8k_cot --model out --threshold 0.9 --limit 100
@@ -55,9 +55,10 @@ class NanoMTP(TemplateLM):
                  max_new_tokens=256, batch_size=8, device="auto", dtype="auto", **_):
         super().__init__()
         self._device = pick_device(device)
-        self.model, self.tokenizer, trained = load(
+        self.model, self.tokenizer, trained, self.heads = load(
             model or default_model(), self._device, pick_dtype(dtype, self._device))
-        self.strategy = choose_strategy(k, threshold, trained.get("k_max", 1))
+        self.strategy = choose_strategy(
+            k, threshold, trained.get("k_max", 1), heads=self.heads)
         self.prompt_format, self.max_new_tokens = prompt_format, max_new_tokens
         self.batch_size, self.batches = int(batch_size), []
 
@@ -85,7 +86,7 @@ class NanoMTP(TemplateLM):
     def answer(self, texts, limit, stops):
         """The answers to a batch of requests' texts, each up to its first stop string."""
         prompts = [self.prompt(text, self.context - limit) for text in texts]
-        results = decode(self.model, self.tokenizer, prompts, self.strategy,
+        results = decode(self.model, self.tokenizer, prompts, self.strategy, self.heads,
                          max_new_tokens=limit, stop_strings=stops)
         self.batches.append(results)
         answers = [self.tokenizer.decode(result.tokens) for result in results]

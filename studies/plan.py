@@ -1,6 +1,6 @@
 """
-How much memory does training take? An estimate of train.py's peak, component by component; no
-weights are loaded for it.
+How much memory does training with mask tokens take? An estimate of train.py's peak, component by
+component; no weights are loaded for it.
 
     python -m studies.plan --preset smollm2                     # flags and defaults are train.py's
     python -m studies.plan --preset paper --model Qwen/Qwen3-0.6B --dtype bf16 --memory 24 80
@@ -9,7 +9,8 @@ weights are loaded for it.
 
 Give it the flags that train.py will get (python train.py --help). What counts is --preset --model
 --k --stride --targets --bidirectional --prefix-loss --slot1-weight --batch-size --micro-batch-size
---seq-len --dtype (auto: what this machine would choose).
+--seq-len --dtype (auto: what this machine would choose). Training of heads (--heads) is not
+planned; its peak stands in the last line of its log.jsonl.
 
 Planned is the longest pass: k = --k, texts of --seq-len tokens, of which the first --prompt-tokens
 are the prompt and the others an answer with an anchor at every --stride-th token. Of several GPUs
@@ -328,6 +329,8 @@ def get_args():
     finally:
         sys.argv = argv
 
+    if args.heads:
+        raise InputError("--heads: planned is training with mask tokens only; leave it out")
     if args.prompt_tokens is None:
         args.prompt_tokens = args.seq_len // 4
     if not 0 < args.prompt_tokens < args.seq_len:

@@ -14,6 +14,8 @@ training needs:
 
     python train.py --k 8 --steps 1000 --cooldown 400 --out out-k8
     python -m studies.tiny --trained out-k8             # into checkpoints/tiny-mtp
+
+Of a run with heads, these alone are rounded: the start model stays as it is.
 """
 import json
 from pathlib import Path
@@ -26,6 +28,7 @@ from common.files import new_folder, write_json
 from common.hub import HERE, resolve
 from common.tokenizer import Tokenizer
 from common.wordproblems import WordProblems
+from heads import load_heads, save_heads
 from model import Transformer, save_pretrained
 from studies import needs
 
@@ -85,8 +88,12 @@ def write_trained(out, run):
     note = model.config.raw.get("nanomtp")
     if note is None:
         raise InputError(f"{run} has not been trained for several tokens per pass (train.py)")
+    heads = load_heads(folder, torch.bfloat16)
     with new_folder(out) as temporary:
-        save_pretrained(model, temporary)
+        if heads:
+            save_heads(heads, model, folder, temporary)
+        else:
+            save_pretrained(model, temporary)
         tokenizer.save(temporary)
     megabytes = sum(file.stat().st_size for file in Path(out).iterdir()) / 1e6
     print(f"{out}: k_max {note['k_max']}, {note['steps']} steps, {megabytes:.1f} MB")

@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_VOCAB, log_rows, signals_kept
 from safetensors.torch import load_file
+from test_train import WITH_HEADS, fond_of_eight_words
 
 import sample
 import speculate
@@ -42,9 +43,10 @@ FLAGS = {
     "train.py":
         "preset model random-init no-random-init data limit prompt-format out resume no-resume "
         "k fixed-k no-fixed-k curriculum stride targets slot1-weight prefix-loss bidirectional "
-        "no-bidirectional lr warmup cooldown beta2 weight-decay clip batch-size micro-batch-size "
-        "seq-len steps minutes eval-every eval-prompts max-new-tokens log-every save-every seed "
-        "fsdp no-fsdp compile no-compile " + MACHINE,
+        "no-bidirectional heads loop no-loop extend no-extend kl-weight kl-top draft-vocab keep-gb "
+        "lr warmup cooldown beta2 weight-decay clip batch-size micro-batch-size seq-len steps "
+        "minutes eval-every eval-prompts max-new-tokens log-every save-every seed fsdp no-fsdp "
+        "compile no-compile " + MACHINE,
     "sample.py":
         "data limit prompt-format seed lossless no-lossless narrow no-narrow temperature top-k "
         "top-p max-new-tokens stop ignore-stop no-ignore-stop batch-size compare no-compare model "
@@ -58,7 +60,10 @@ FLAGS = {
         "data limit max-new-tokens prompt-format seed model out resume no-resume batch-size "
         + MACHINE,
     "-m studies.bench":
-        "batch-size prompt-tokens max-new-tokens rounds warmup model out threads " + MACHINE,
+        "batch-size data prompt-tokens max-new-tokens rounds warmup model out threads " + MACHINE,
+    "-m studies.cascade":
+        "only model data prompt-format heads steps seeds questions limit max-new-tokens batch-size "
+        "out resume no-resume " + MACHINE,
     "-m studies.clash": "k steps limit seed model out resume no-resume " + MACHINE,
     "-m studies.confidence":
         "data limit threshold max-new-tokens batch-size seed model teacher out " + MACHINE,
@@ -167,6 +172,30 @@ def trained(tiny, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def headed(tmp_path_factory):
+    """The --out of a run with two heads, whose drafts are right now and then, and its start: read
+    them, never write to them."""
+    folder = tmp_path_factory.mktemp("headed")
+    start, rows = fond_of_eight_words(folder / "start")
+    result = cli(training, "--model", start, "--data", rows, *WITH_HEADS, "--heads", 2,
+                 "--eval-every", 0, "--out", folder / "out")
+    assert result.code == 0, result
+    assert re.search(r"step 1: 8 sequences, 2 heads, \d+ supervised tokens, \d+ tokens read\n",
+                     result.out)
+    return folder / "out", start
+
+
+@pytest.fixture(scope="module")
+def looped(headed, tmp_path_factory):
+    """The same, of one head for two depths and a single step."""
+    out = tmp_path_factory.mktemp("looped") / "out"
+    start = headed[1]
+    assert cli(training, "--model", start, "--data", start / "rows.jsonl", *WITH_HEADS, "--heads",
+               2, "--loop", "--steps", 1, "--eval-every", 0, "--out", out).code == 0
+    return out
+
+
 @pytest.fixture
 def tmp(tmp_path, tiny, monkeypatch):
     """tmp_path with one of every bad file in it, as the current folder."""
@@ -196,6 +225,7 @@ BASE = {
     "-m studies.ablate": "--out {tmp}/out",
     "-m studies.answers": "--model {tiny} --data {tmp}/few.jsonl --out {tmp}/rows.jsonl",
     "-m studies.bench": "--model {trained} --out {tmp}/out",
+    "-m studies.cascade": "--out {tmp}/out",
     "-m studies.clash": "--out {tmp}/out",
     "-m studies.confidence": "--model {trained} --teacher {tiny} --out {tmp}/out",
     "-m studies.efficiency": "--out {tmp}/out",
@@ -258,6 +288,40 @@ REFUSED = {
         ("--prefix-loss nan", "--prefix-loss must be at least 0"),
         ("--slot1-weight -1", "--slot1-weight must be at least 0"),
         ("--targets softly", "softly"),
+        # one of two methods, and none of the other's flags
+        ("--k 3 --heads 2", "--heads: not allowed with argument --k"),
+        ("--heads 2 --k 3 --preset smollm2", "--k: not allowed with argument --heads"),
+        ("--loop", "--loop belongs to training with heads: add --heads K"),
+        ("--extend", "--extend belongs to training with heads"),
+        ("--kl-weight 0", "--kl-weight belongs to training with heads"),
+        ("--kl-top 5", "--kl-top belongs to training with heads"),
+        ("--draft-vocab 5", "--draft-vocab belongs to training with heads"),
+        ("--keep-gb 1", "--keep-gb belongs to training with heads"),
+        ("--heads 2 --bidirectional", "--bidirectional belongs to training with mask tokens: leave"),
+        ("--heads 2 --fixed-k", "--fixed-k belongs to training with mask tokens"),
+        ("--heads 2 --prefix-loss 1", "--prefix-loss belongs to training with mask tokens"),
+        ("--heads 2 --slot1-weight 2", "--slot1-weight belongs to training with mask tokens"),
+        ("--heads 2 --curriculum 5", "--curriculum belongs to training with mask tokens"),
+        ("--heads 2 --stride 1", "--stride belongs to training with mask tokens"),
+        ("--heads 2 --fsdp", "--fsdp belongs to training with mask tokens"),
+        ("--heads 2 --random-init", "--random-init"),
+        ("--heads 2 --preset pretrain-tiny", "--random-init"),
+        ("--heads 2 --targets soft", "--targets soft: with --heads the model's distribution is"),
+        ("--heads 0", "--heads must be at least 1"),
+        ("--heads two", "--heads"),
+        ("--heads 2 --kl-weight -1", "--kl-weight must be at least 0"),
+        ("--heads 2 --kl-weight nan", "--kl-weight must be at least 0"),
+        ("--heads 2 --kl-weight inf", "--kl-weight must be a finite number"),
+        ("--heads 2 --kl-top 0", "--kl-top must be at least 1"),
+        ("--heads 2 --draft-vocab -1", "--draft-vocab must be at least 0"),
+        ("--heads 2 --keep-gb -1", "--keep-gb must be at least 0"),
+        ("--heads 2 --keep-gb nan", "--keep-gb must be at least 0"),
+        ("--heads 4 --extend", "half as many heads, not looped; {tiny} has no heads"),
+        ("--heads 6 --extend --model {headed}", "{headed} has 2 heads"),
+        ("--heads 2 --extend --model {headed}", "{headed} has 2 heads"),
+        ("--heads 4 --extend --model {looped}", "{looped} has a looped head"),
+        ("--heads 4 --extend --loop --model {headed}", "leave out --loop"),
+        ("--heads 4 --extend --draft-vocab 9 --model {headed}", "leave out --loop and --draft-v"),
         ("--fsdp", "torchrun"),
         ("--device meta", "no device"),
         ("--data nosuch", "no data 'nosuch'"),
@@ -294,14 +358,21 @@ REFUSED = {
         ("--data {tmp}/empty.jsonl", "holds no rows"),
         ("--data {tmp}/long.jsonl", "does not fit the model's context of 512 tokens"),
         ("--temperature 0.5", "--k 1"),
-        ("--temperature 0.5 --k 3", "--k 1"),
         ("--temperature 0.5 --threshold 0.9", "--k 1"),
-        ("--temperature 0.5 --k 1 --lossless", "--lossless"),
+        ("--temperature 0.5 --k 3", "add --lossless, or --k 1"),
+        ("--temperature 0.5 --k 1 --compare", "--compare"),
+        ("--temperature 0.5 --lossless --compare", "--compare"),
+        ("--temperature 0.5 --compare --model {headed}", "--compare"),
         ("--temperature -1 --k 1", "--temperature"),
         ("--temperature nan --k 1", "--temperature"),
         ("--top-p 0", "--top-p"),
         ("--top-k -1", "--top-k"),
         ("--narrow", "--lossless"),
+        ("--narrow --model {headed}", "--lossless"),
+        ("--narrow --lossless --model {headed}", "drafts with heads"),
+        ("--k 4 --model {headed}", "1 to 3"),
+        ("--k 0 --model {headed}", "--k 0"),
+        ("--threshold nan --model {headed}", "--threshold nan"),
         ("--stop ''", "--stop must not be empty"),
     ],
     "eval_gsm8k.py": [
@@ -340,12 +411,23 @@ REFUSED = {
         ("--warmup -1", "--warmup must be at least 0"),
         ("--threads 0", "--threads must be at least 1"),
     ],
+    "-m studies.cascade": [
+        ("--heads 1", "--heads must be at least 2"),
+        ("--heads 3", "give a power of two"),
+        ("--seeds 0", "--seeds must be at least 1"),
+        ("--limit 1", "at least two"),
+        ("--data {tmp}/few.jsonl", "add --questions"),
+        ("--only nosuch", "nosuch"),
+        ("-- --k 4", "--k behind --"),
+    ],
     "-m studies.clash": [
         ("--k 1", "--k must be at least 2"),
+        ("--model {headed}", "drafts with heads"),
         ("--out {trained}", "add --resume"),
     ],
     "-m studies.confidence": [
         ("--model {tiny}", "train it first"),
+        ("--model {headed}", "drafts with heads"),
         ("--threshold -1", "--threshold must be at least 0"),
         ("--teacher nosuch", "'nosuch'"),
     ],
@@ -369,6 +451,7 @@ REFUSED = {
         ("--prompt-tokens 224", "--prompt-tokens"),
         ("--prompt-tokens 0", "--prompt-tokens"),
         ("--k 0", "--k"),
+        ("--heads 2", "--heads"),
         ("--seq-len 600", "context"),
         ("--attention flash", "flash"),
         ("--micro-batch-size 0", "--micro-batch-size"),
@@ -401,12 +484,13 @@ def cases():
 
 
 @pytest.mark.parametrize("script, flags, message", list(cases()))
-def test_refused(script, flags, message, tiny, trained, tmp):
-    names = {"tiny": tiny, "trained": trained, "tmp": tmp, "long": "word " * 600}
+def test_refused(script, flags, message, tiny, trained, headed, looped, tmp):
+    names = {"tiny": tiny, "trained": trained, "headed": headed[0], "looped": looped, "tmp": tmp,
+             "long": "word " * 600}
     argv = [word.format(**names) for word in shlex.split(f"{BASE[script]} {flags}")]
-    before = everything_under(tmp, trained)
+    before = everything_under(tmp, trained, headed[0], looped)
     assert_refused(cli(module_of(script), *argv), message.format(**names))
-    assert everything_under(tmp, trained) == before
+    assert everything_under(tmp, trained, headed[0], looped) == before
 
 
 def test_exit_codes(capsys, monkeypatch):
@@ -446,9 +530,9 @@ def decoded(monkeypatch):
     """What sample.py decodes: model, prompts, strategy, limits and Answers of every batch."""
     calls, decode = [], speculate.decode
 
-    def spy(model, tokenizer, prompts, strategy, **ending):
-        results = decode(model, tokenizer, prompts, strategy, **ending)
-        calls.append(SimpleNamespace(model=model, prompts=prompts, strategy=strategy,
+    def spy(model, tokenizer, prompts, strategy, heads=None, **ending):
+        results = decode(model, tokenizer, prompts, strategy, heads, **ending)
+        calls.append(SimpleNamespace(model=model, prompts=prompts, strategy=strategy, heads=heads,
                                      ending=ending, results=results))
         return results
 
@@ -601,21 +685,63 @@ def test_sample_lossless(flags, expected, trained, decoded):
     assert ("(stood / fed): " in result.out) == fed and (fed or expected.threshold)
 
 
-def test_sample_temperature(trained, decoded):
-    """Seeded; the share and number of candidates reach the draw."""
-    common = ("What is 3 + 4?", "--model", trained, "--max-new-tokens", 20, "--ignore-stop",
-              "--k", 1)
+@pytest.mark.parametrize("way, lossless", [
+    ("trained --k 1", None),
+    ("trained --lossless", "wide"),
+    ("trained --lossless --narrow", "narrow"),
+    ("trained --lossless --k 1", "wide"),
+    ("headed", "heads"),
+    ("headed --k 2 --lossless", "heads"),
+])
+def test_sample_temperature(trained, headed, decoded, way, lossless):
+    """Seeded; the share and number of candidates reach the draw. With one of them what is drawn is
+    the greedy text, however it was drafted."""
+    folder, *flags = way.split()
+    common = ("What is 3 + 4?", "--model", trained if folder == "trained" else headed[0],
+              "--max-new-tokens", 20, "--ignore-stop")
 
-    def tokens(*flags):
-        assert cli(sample, *common, *flags).code == 0
-        return decoded.pop().results[0].tokens
+    def tokens(*more):
+        assert cli(sample, *common, *more).code == 0
+        return decoded[-1].results[0].tokens
 
-    hot = tokens("--temperature", 2, "--seed", 1)
-    assert hot == tokens("--temperature", 2, "--seed", 1)
-    assert hot != tokens("--temperature", 2, "--seed", 2)
-    greedy = tokens()
-    assert hot != greedy == tokens("--temperature", 2, "--top-k", 1)
-    assert greedy == tokens("--temperature", 2, "--top-p", 1e-6)
+    hot = tokens(*flags, "--temperature", 2, "--seed", 1)
+    assert decoded[-1].strategy.lossless == lossless
+    assert hot == tokens(*flags, "--temperature", 2, "--seed", 1)
+    assert hot != tokens(*flags, "--temperature", 2, "--seed", 2)
+    greedy = tokens("--k", 1)
+    assert hot != greedy == tokens(*flags, "--temperature", 2, "--top-k", 1)
+    assert greedy == tokens(*flags, "--temperature", 2, "--top-p", 1e-6)
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("", Strategy(3, None, "heads")),
+    ("--lossless", Strategy(3, None, "heads")),                     # they always are
+    ("--k 2", Strategy(2, None, "heads")),
+    ("--threshold 0.2", Strategy(3, 0.2, "heads")),
+    ("--k 1", Strategy(1)),
+])
+def test_sample_with_heads(headed, decoded, flags, expected):
+    """Chunks, how many drafts stood, and the text of the model that the heads were trained for."""
+    out, start = headed
+    result = cli(sample, "7 + 3", "11 + 3", "--model", out, "--max-new-tokens", 24, "--compare",
+                 "--ignore-stop", *flags.split())
+    assert result.code == 0 and result.err == "" and "k_max 3\n" in result.out
+    assert "has not been trained" not in result.out
+    ours, ones = decoded
+    assert ours.strategy == expected and ones.strategy == Strategy(1)
+    assert f"=== {expected.name}\n" in result.out
+    _, first, second = result.out.split("\n=== ")
+    assert_report(first, ours.results, Tokenizer(out / "latest"))
+    assert "2 of 2 answers identical to k = 1; 100% of k = 1's tokens" in second
+    sizes = {size for answer in ours.results for size in answer.chunks}
+    assert sizes == ({1} if flags == "--k 1" else {1, 2} if flags == "--k 2" else {1, 2, 3})
+    shares = [f"{share:.0%}" for share in report.acceptance_by_position(ours.results)]
+    line = "acceptance of draft 1, 2, ... (stood / fed): " + ", ".join(shares)
+    assert (line + "\n" in first) == bool(shares) and len(shares) == expected.k - 1
+    cli(sample, "7 + 3", "11 + 3", "--model", start, "--max-new-tokens", 24, "--ignore-stop",
+        "--prompt-format", "plain")
+    assert decoded[-1].heads is None
+    assert [a.tokens for a in decoded[-1].results] == [a.tokens for a in ours.results]
 
 
 def test_sample_prompt_format_dtype_and_device(tiny, trained, tmp, decoded):

@@ -273,6 +273,40 @@ def test_run_and_resume(tiny, trained, tmp_path, monkeypatch, capsys):
     assert asked == [(name, first) for first in (0, 2, 4) for name in names][4:]
 
 
+def test_heads(tmp_path, monkeypatch):
+    """k = 1 is the start's own text, and what heads draft for it is verified: the same rows, fewer
+    passes. Of --k and --threshold each is another way to draft."""
+    trained = train_briefly(
+        tmp_path / "run", "--heads", 3, "--steps", 8, "--batch-size", 8, "--lr", 5e-3, "--warmup",
+        2, "--cooldown", 0)
+    settings = ["--model", trained, "--limit", 5, "--batch-size", 2, "--max-new-tokens", 30]
+    evaluate(monkeypatch, *settings, "--baseline", "tiny", "--out", tmp_path / "a")
+    start, plain, ours = table = json.loads((tmp_path / "a" / "table.json").read_text())["table"]
+    assert [entry["strategy"] for entry in table] == [
+        "start, k = 1", "static 1", "lossless 4 heads"]
+    assert plain["identical_text"] == ours["identical_text"] == ours["shared_prefix"] == 1
+    assert plain["tokens_per_forward"] == 1 and ours["tokens_per_forward"] > 1.3
+    assert start["accuracy"] == plain["accuracy"] == ours["accuracy"]
+    assert start["start_loss"] == plain["start_loss"] == ours["start_loss"]
+    texts = {}
+    for row in rows_of(tmp_path / "a")[1]:
+        texts.setdefault(row["strategy"], []).append(row["tokens"])
+        verifying = len(row["chunks"]) - 1 if row["strategy"] == "lossless 4 heads" else 0
+        assert len(row["drafts"]) == verifying
+    assert texts["start, k = 1"] == texts["static 1"] == texts["lossless 4 heads"]
+
+    evaluate(monkeypatch, *settings, "--k", 1, 2, "--threshold", 0.5, "--out", tmp_path / "b")
+    table = json.loads((tmp_path / "b" / "table.json").read_text())["table"]
+    rates = {entry["strategy"]: entry["tokens_per_forward"] for entry in table}
+    assert list(rates) == [
+        "static 1", "lossless 2 heads", "lossless 4 heads at 0.5", "lossless 4 heads"]
+    assert all(entry["identical_text"] == 1 for entry in table)
+    one, two, unsure, four = rates.values()
+    assert one == 1 < two <= four == ours["tokens_per_forward"] and 1 < unsure <= four
+    with pytest.raises(InputError, match="1 to 4"):
+        evaluate(monkeypatch, *settings, "--k", 5, "--out", tmp_path / "c")
+
+
 TIMED = {"seconds", "prompt_seconds", "tokens_per_second", "tokens_per_second_decoding",
          "speed_up", "processes"}
 

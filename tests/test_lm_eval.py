@@ -82,9 +82,21 @@ def trained(tmp_path_factory):
     return train_briefly(tmp_path_factory.mktemp("trained"), "--k", 3)
 
 
-@pytest.mark.parametrize("flags", [("--k", 3), ("--threshold", 0.3)])
-def test_same_answers_as_eval_gsm8k(trained, tasks, tmp_path, flags):
-    common = (*flags, "--max-new-tokens", 40, "--model", trained, "--batch-size", 4)
+@pytest.fixture(scope="module")
+def with_heads(tmp_path_factory):
+    """The tiny model and three heads after a few steps: about half of their drafts stand."""
+    return train_briefly(
+        tmp_path_factory.mktemp("heads") / "out", "--heads", 3, "--steps", 8, "--batch-size", 8,
+        "--lr", 5e-3, "--warmup", 2, "--cooldown", 0)
+
+
+@pytest.mark.parametrize("checkpoint, flags, name", [
+    ("trained", {"k": 3}, "static 3"), ("trained", {"threshold": 0.3}, "adaptive 0.3"),
+    ("with_heads", {}, "lossless 4 heads"), ("with_heads", {"k": 2}, "lossless 2 heads")])
+def test_same_answers_as_eval_gsm8k(checkpoint, flags, name, tasks, tmp_path, request):
+    trained = request.getfixturevalue(checkpoint)
+    common = [part for key, value in flags.items() for part in (f"--{key}", value)]
+    common += ["--max-new-tokens", 40, "--model", trained, "--batch-size", 4]
     result = cli(adapter, "--tasks", "local_sums", "--include", tasks, *common,
                  "--out", tmp_path / "harness")
     assert result.code == 0 and "tokens per forward" in result.out, result
@@ -92,17 +104,16 @@ def test_same_answers_as_eval_gsm8k(trained, tasks, tmp_path, flags):
     result = cli(evaluation, "--data", "wordproblems", "--limit", LIMIT, "--stop", "#### 7",
                  "--prompt-format", "plain", *common, "--out", tmp_path / "ours")
     assert result.code == 0, result
-    name = f"{'static' if flags[0] == '--k' else 'adaptive'} {flags[1]}"
     table = read_json(tmp_path / "ours" / "table.json")["table"]
     ours, = (entry for entry in table if entry["strategy"] == name)
     accuracy = harness["results"]["local_sums"]["exact_match,flexible-extract"]
     assert accuracy == ours["accuracy"]
     assert harness["tokens_per_forward"] == pytest.approx(ours["tokens_per_forward"])
+    assert ours["tokens_per_forward"] > 1.1
 
     lines = (tmp_path / "ours" / "rows.jsonl").read_text().splitlines()[1:]
     texts = [row["text"] for row in map(json.loads, lines) if row["strategy"] == name]
-    model = adapter.NanoMTP(str(trained), batch_size=4, max_new_tokens=40,
-                            **{flags[0].removeprefix("--"): flags[1]})
+    model = adapter.NanoMTP(str(trained), batch_size=4, max_new_tokens=40, **flags)
     settings = {"until": ["#### 7"], "max_gen_toks": 40}
     requests = [SimpleNamespace(args=(WordProblems(0, "test")[i]["question"] + "\n\n", settings))
                 for i in range(LIMIT)]

@@ -11,7 +11,9 @@ from conftest import in_two_processes, log_rows, run_train
 
 from common import parallel
 from common.data import draw_rows, encode_rows, load_data
+from common.hub import resolve
 from common.tokenizer import Tokenizer
+from heads import Heads, load_heads
 from model import Transformer, add_mask_token
 
 
@@ -46,11 +48,13 @@ SCRIPT = """
 import json, os, signal, sys
 import train
 
-rank, read, draw, make = int(os.environ["RANK"]), [], train.draw_rows, train.make_batch
+rank, read, draw = int(os.environ["RANK"]), [], train.draw_rows
 
-def make_batch(encoded, *rest, **more):
-    read[-1].extend(encoded)
-    return make(encoded, *rest, **more)
+def spy_on(make):
+    def make_batch(encoded, *rest, **more):
+        read[-1].extend(encoded)
+        return make(encoded, *rest, **more)
+    return make_batch
 
 def draw_rows(*args):
     read.append([])
@@ -58,7 +62,8 @@ def draw_rows(*args):
         signal.raise_signal(signal.SIGTERM)
     return draw(*args)
 
-train.draw_rows, train.make_batch = draw_rows, make_batch
+train.draw_rows = draw_rows
+train.make_batch, train.make_head_batch = map(spy_on, (train.make_batch, train.make_head_batch))
 
 def job(flags):
     global interrupted
@@ -72,7 +77,7 @@ def job(flags):
 """
 
 SPREAD = {"DDP": [], "FSDP": ["--fsdp"]}
-VARIANTS = {
+MASKS = {
     # two passes on either rank, added up
     "hard": ["--batch-size", 4, "--micro-batch-size", 1],
     "soft": ["--batch-size", 4, "--micro-batch-size", 2, "--targets", "soft",
@@ -85,6 +90,17 @@ VARIANTS = {
             "--seq-len", 30, "--stride", 1],
     "eval": ["--batch-size", 2, "--eval-every", 2, "--max-new-tokens", 6, "--save-every", 2],
 }
+HEADS = {                                   # by DDP alone
+    "heads": ["--heads", 3, "--batch-size", 4, "--micro-batch-size", 1],
+    "looped": ["--heads", 2, "--loop", "--draft-vocab", 50, "--batch-size", 3,
+               "--micro-batch-size", 1, "--eval-every", 2, "--max-new-tokens", 6],
+    # two frozen, two to be trained; nothing left for the other rank, and not all states are kept
+    "extended": ["--heads", 4, "--extend", "--batch-size", 1, "--keep-gb", 3e-5,
+                 "--targets", "ground-truth"],
+}
+VARIANTS = {name: ["--k", 3, *flags] for name, flags in MASKS.items()} | HEADS
+RUNS = [(way, name) for way in SPREAD for name in VARIANTS if way == "DDP" or name in MASKS]
+HALVED = ("soft", "looped")                 # go on with another number of processes
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +109,7 @@ def common(tiny, tmp_path_factory):
     answers = [f"{a} and 3 is {a + 3}{a % 4 * ' and on'}.\n#### {a + 3}" for a in range(40)]
     path.write_text("".join(json.dumps({"question": f"{a} + 3", "answer": answer}) + "\n"
                             for a, answer in enumerate(answers)))
-    return ("--model", tiny, "--data", path, "--k", 3, "--seq-len", 64, "--eval-every", 0,
+    return ("--model", tiny, "--data", path, "--seq-len", 64, "--eval-every", 0,
             "--eval-prompts", 2, "--steps", 4, "--warmup", 0, "--cooldown", 0, "--lr", 1e-3,
             "--dtype", "fp32", "--device", "cpu", "--prompt-format", "plain")
 
@@ -102,24 +118,28 @@ def common(tiny, tmp_path_factory):
 def runs(common, tmp_path_factory):
     """A folder of runs, and what the two processes printed.
 
-    one/VARIANT, DDP/VARIANT, FSDP/VARIANT; DDP/stopped; and WAY/resumed and one/after-WAY, two
-    steps of "soft" in one way and two in the other.
+    one/VARIANT, DDP/VARIANT, FSDP/VARIANT; DDP/stopped; and WAY/resumed-VARIANT and
+    one/VARIANT-after-WAY, two steps in one way and two in the other.
     """
     root, jobs = tmp_path_factory.mktemp("runs"), []
-    halves = (*common, *VARIANTS["soft"], "--save-every", 2)
-    for way, spread in SPREAD.items():
-        for name, flags in VARIANTS.items():
-            jobs.append((*common, *flags, *spread, "--out", root / way / name))
-        jobs.append((*halves, *spread, "--resume", "--out", root / way / "resumed"))
-        jobs.append((*halves, *spread, "--steps", 2, "--out", root / "one" / f"after-{way}"))
-    jobs.append((*common, *VARIANTS["hard"], "--out", root / "DDP" / "stopped"))
-    for name, flags in VARIANTS.items():
-        run_train(*common, *flags, "--out", root / "one" / name)
-    for way in SPREAD:
-        run_train(*halves, "--steps", 2, "--out", root / way / "resumed")
+    run_train(*common, "--heads", 2, "--steps", 1, "--out", root / "two-heads")
+    everything = {name: (*common, *flags) for name, flags in VARIANTS.items()}
+    everything["extended"] += ("--model", root / "two-heads")
+    for way, name in RUNS:
+        flags = (*everything[name], *SPREAD[way])
+        jobs.append((*flags, "--out", root / way / name))
+        if name in HALVED:
+            jobs.append((*flags, "--resume", "--out", root / way / f"resumed-{name}"))
+            jobs.append((*flags, "--steps", 2, "--out", root / "one" / f"{name}-after-{way}"))
+    jobs.append((*everything["hard"], "--out", root / "DDP" / "stopped"))
+    for name, flags in everything.items():
+        run_train(*flags, "--out", root / "one" / name)
+    halves = [(way, name) for way, name in RUNS if name in HALVED]
+    for way, name in halves:
+        run_train(*everything[name], "--steps", 2, "--out", root / way / f"resumed-{name}")
     printed = in_two_processes(SCRIPT, jobs, root)
-    for way in SPREAD:
-        run_train(*halves, "--resume", "--out", root / "one" / f"after-{way}")
+    for way, name in halves:
+        run_train(*everything[name], "--resume", "--out", root / "one" / f"{name}-after-{way}")
     return root, printed
 
 
@@ -128,7 +148,25 @@ def flat_weights(model):
     return torch.cat([weight.flatten() for weight in model.state_dict().values()])
 
 
-def assert_same_run(ours, theirs, common):
+def at_the_start(out):
+    """What a run has trained, as it was before: a Transformer or Heads."""
+    args, = log_rows(out, "start")
+    start = resolve(args["model"])
+    model = Transformer.from_pretrained(start)
+    if args["heads"] is None:
+        add_mask_token(model, Tokenizer(start).free_id)
+        return model
+    if args["extend"]:
+        return load_heads(start).extend()
+    return Heads(model.config, args["heads"], args["loop"]).initialise(args["seed"])
+
+
+def at_the_end(out):
+    """The same as it is now."""
+    return load_heads(out / "latest") or Transformer.from_pretrained(out / "latest")
+
+
+def assert_same_run(ours, theirs):
     """All that is logged of a step, to 1e-5; the weights, measured by how far they have moved."""
     rows, expected_rows = log_rows(ours, "train"), log_rows(theirs, "train")
     assert len(rows) == len(expected_rows) == 4
@@ -139,11 +177,9 @@ def assert_same_run(ours, theirs, common):
             assert a[key] == pytest.approx(b[key], rel=1e-5)
         assert a["agreement"] == pytest.approx(b["agreement"])
         assert b["gradient_norm"] > 1                               # so it is clipped
-    start = Transformer.from_pretrained(common[1])
-    add_mask_token(start, Tokenizer(common[1]).free_id)
-    end, expected = (flat_weights(Transformer.from_pretrained(out / "latest"))
-                     for out in (ours, theirs))
-    assert (end - expected).norm() < 1e-3 * (expected - flat_weights(start)).norm()
+    start, end, expected = map(
+        flat_weights, (at_the_start(theirs), at_the_end(ours), at_the_end(theirs)))
+    assert (end - expected).norm() < 1e-3 * (expected - start).norm()
     ours, theirs = (
         torch.load(out / "latest" / "trainer.pt", weights_only=True)["optimizer"]["state"]
         for out in (ours, theirs))
@@ -155,13 +191,12 @@ def assert_same_run(ours, theirs, common):
             assert (entry[moment] - expected).norm() < 1e-4 * expected.norm(), name
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("way", SPREAD)
-def test_two_processes_are_one(runs, common, way, variant):
+@pytest.mark.parametrize("way, variant", RUNS)
+def test_two_processes_are_one(runs, way, variant):
     root, _ = runs
-    assert_same_run(root / way / variant, root / "one" / variant, common)
+    assert_same_run(root / way / variant, root / "one" / variant)
     evals, expected = (log_rows(root / name / variant, "eval") for name in (way, "one"))
-    assert len(evals) == len(expected) == (3 if variant == "eval" else 0)
+    assert len(evals) == len(expected) == (3 if variant in ("eval", "looped") else 0)
     for ours, theirs in zip(evals, expected):                       # text and all
         assert ours | {"minutes": 0} == theirs | {"minutes": 0}
 
@@ -182,7 +217,10 @@ def test_rows_are_shared_out(runs, common, tiny, way):
     """Every row is read by one rank; where they do not suffice, a rank reads one for nothing."""
     root, _ = runs
     train, _ = load_data(str(common[3]), 2, 0)
-    for variant, batch_size in (("hard", 4), ("odd", 3), ("one", 1)):
+    sizes = {"hard": 4, "odd": 3, "one": 1}
+    if way == "DDP":
+        sizes |= {"heads": 4, "looped": 3, "extended": 1}
+    for variant, batch_size in sizes.items():
         ranks = [json.loads((root / way / variant / f"rank-{rank}.json").read_text())
                  for rank in (0, 1)]
         assert len(ranks[0]) == len(ranks[1]) == 4                  # a step reads once
@@ -194,15 +232,16 @@ def test_rows_are_shared_out(runs, common, tiny, way):
             assert read == sorted([prompt, ids] for prompt, ids in encoded)
 
 
-@pytest.mark.parametrize("way", SPREAD)
-def test_checkpoints_go_on_with_another_number_of_processes(runs, common, way):
+@pytest.mark.parametrize("way, variant", [run for run in RUNS if run[1] in HALVED])
+def test_checkpoints_go_on_with_another_number_of_processes(runs, way, variant):
     """Two steps on one process and two on two, and the reverse, are four on one."""
     root, _ = runs
-    for name, processes in ((f"{way}/resumed", [1, 2]), (f"one/after-{way}", [2, 1])):
+    for name, processes in ((f"{way}/resumed-{variant}", [1, 2]),
+                            (f"one/{variant}-after-{way}", [2, 1])):
         starts = log_rows(root / name, "start") + log_rows(root / name, "resume")
         assert [(row["step"], row["processes"], row["fsdp"]) for row in starts] == [
             (step, count, count == 2 and way == "FSDP") for step, count in zip((0, 2), processes)]
-        assert_same_run(root / name, root / "one" / "soft", common)
+        assert_same_run(root / name, root / "one" / variant)
 
 
 def test_one_rank_stops_all(runs):
@@ -217,7 +256,7 @@ def test_one_rank_stops_all(runs):
 
 def test_one_of_them_talks(runs):
     root, printed = runs
-    count = 2 * (len(VARIANTS) + 2) + 1
+    count = len(RUNS) + 2 * sum(name in HALVED for _, name in RUNS) + 1
     assert printed.count(" supervised tokens, ") == count
     assert printed.count("; the newest checkpoint is ") == count
     for way in SPREAD:

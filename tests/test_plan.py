@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
-from test_cli import cli
+from conftest import tiny_config, tiny_model, train_briefly
+from test_cli import assert_refused, cli
 
 from common.files import read_json
 from common.machine import DTYPES
@@ -146,6 +146,14 @@ def test_flags_and_presets_are_those_of_train(monkeypatch):
     args = settings(monkeypatch, "--preset", "paper", "--k", 4)
     assert (args.k, args.stride, args.seq_len) == (4, 17, 160)
     assert (args.prompt_tokens, args.fsdp) == (40, False)
+
+
+def test_heads_are_not_planned(monkeypatch, tiny, tmp_path):
+    """Their training is refused. As a start checkpoint, what has heads counts without them."""
+    assert_refused(cli(plan, "--heads", 4), "--heads: planned is training with mask tokens only")
+    out = train_briefly(tmp_path / "out", "--model", tiny, "--heads", 2)
+    config = plan.load_config(str(out))
+    assert plan.count_parameters(config) == plan.count_parameters(plan.load_config(str(tiny)))
 
 
 def test_memory(monkeypatch, tmp_path):

@@ -46,7 +46,7 @@ def trainer(out):
 
 
 def weights(out):
-    return Transformer.from_pretrained(out / "latest").state_dict()
+    return files.read_weights(out / "latest")
 
 
 def newest(out):
@@ -136,6 +136,97 @@ def test_resumed_run_is_bit_equal(common, tmp_path, monkeypatch, way):
     assert [row["step"] for row in log_rows(parts, "eval")] == [0, 4, 8, 12]
     start = Transformer.from_pretrained(common[1]).state_dict()
     assert not torch.equal(weights(parts)["model.norm.weight"], start["model.norm.weight"])
+
+
+@pytest.fixture(scope="module")
+def heads_common(common, tmp_path_factory):
+    """The same with heads, but for their number; and answers of many lengths, so that what a text
+    is read with, and padded to, is another thing in every step."""
+    path = tmp_path_factory.mktemp("rows") / "lengths.jsonl"
+    rows = [{"question": f"{a} + 3", "answer": f"{a} and 3 is {a + 3}{a % 5 * ' and again'}."}
+            for a in range(14)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert common[2] == "--data" and common[4] == "--k"
+    return (*common[:3], path, *common[6:])
+
+
+@pytest.fixture(scope="module")
+def two_heads(heads_common, tmp_path_factory):
+    """The --out of a run of one step with two heads: read it, never write to it."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    return train_briefly(out, *heads_common, "--heads", 2, "--steps", 1)
+
+
+HEADS = {
+    "plain": ["--heads", 2],
+    "nothing kept": ["--heads", 2, "--keep-gb", 0],
+    "a few states kept": ["--heads", 2, "--keep-gb", 2e-5],
+    "looped": ["--heads", 3, "--loop", "--targets", "ground-truth"],
+    "extended": ["--heads", 4, "--extend"],
+    "draft vocabulary": ["--heads", 2, "--draft-vocab", 40, "--kl-weight", 0.5],
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_resumed_heads_are_bit_equal(heads_common, two_heads, tmp_path, monkeypatch, kind):
+    """Stopped behind step 7 of 14 and continued. Rows come again before and after that, when the
+    hidden states that were kept are gone; and in other company."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = (*heads_common, *HEADS[kind], "--eval-every", 4, "--max-new-tokens", 2, "--steps", 14,
+             "--save-every", 5, "--batch-size", 4, "--cooldown", 5, "--lr", 2e-3)
+    if kind == "extended":
+        flags += ("--model", two_heads)
+    torch.manual_seed(0)                    # modules are made with random weights before they get
+    train_briefly(whole, *flags)            # their own
+    draw, calls = training.draw_rows, []
+
+    def draw_and_stop(*args):
+        calls.append(args)
+        if len(calls) == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return draw(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "draw_rows", draw_and_stop)
+        torch.manual_seed(0)
+        with pytest.raises(SystemExit):
+            train_briefly(parts, *flags)
+    assert newest(parts) == 7 and len(log_rows(parts, "train")) == 7
+    stopped = weights(parts)
+    train_briefly(parts, *flags, "--resume")
+    assert newest(parts) == 14 and log_rows(parts, "resume")[0]["step"] == 7
+    assert_same_run(parts, whole)
+    for name in ("config.json", "draft_vocab.json"):
+        there = [(out / "latest" / name).exists() for out in (parts, whole)]
+        assert there == [name == "config.json" or kind == "draft vocabulary"] * 2
+        if all(there):
+            assert files.read_json(parts / "latest" / name) == files.read_json(
+                whole / "latest" / name)
+    moved = {name for name, x in weights(parts).items() if not torch.equal(x, stopped[name])}
+    trained = {"looped": (2, 3, 4), "extended": (4, 5)}.get(kind, (2, 3))
+    assert {name[:15] for name in moved} == {f"model.layers.{i}." for i in trained}
+
+
+def test_resume_refuses_other_heads(common, heads_common, two_heads, one_step):
+    """One line, and the earlier run is as it was. Of two methods one cannot go on with the
+    other's."""
+    before = everything_under(two_heads, one_step)
+    for flags, message in {
+            ("--heads", 3): "--heads 2, not 3",
+            ("--heads", 2, "--loop"): "--loop False, not True",
+            ("--heads", 2, "--kl-weight", 0.5): "--kl-weight 1.0, not 0.5",
+            ("--heads", 2, "--kl-top", 5): "--kl-top 256, not 5",
+            ("--heads", 2, "--draft-vocab", 9): "--draft-vocab 0, not 9",
+            ("--heads", 2, "--targets", "ground-truth"): "--targets hard, not ground-truth",
+            ("--heads", 4, "--extend"): "--heads 2, not 4",
+            ("--k", 8): "--heads 2, not None"}.items():
+        assert_refused(cli(training, *heads_common, *flags, "--steps", 2, "--out", two_heads,
+                           "--resume"), f"{two_heads} was trained with {message}")
+    assert_refused(cli(training, *heads_common, "--heads", 2, "--steps", 2, "--out", two_heads),
+                   "already holds step-1")
+    assert_refused(cli(training, *heads_common, "--data", common[3], "--heads", 2, "--steps", 2,
+                       "--out", one_step, "--resume"), f"{one_step} was trained with --k 3, not 8")
+    assert everything_under(two_heads, one_step) == before
 
 
 def generators_are(rng):

@@ -14,9 +14,10 @@ import torch
 from conftest import ROOT, tiny_checkpoint, train_briefly
 from test_cli import assert_refused, cli
 
-from common.data import load_questions
+from common.data import load_data, load_questions
 from common.files import read_json
 from common.tokenizer import Tokenizer
+from common.wordproblems import WordProblems
 from model import Transformer
 from sample import generate
 from studies import ablate, answers, clash, confidence, efficiency
@@ -133,16 +134,20 @@ def test_what_each_variant_runs(tmp_path, monkeypatch):
 # The model's own answers
 
 def test_answers(tmp_path, tiny):
-    """Greedy answers to the questions of training rows; --resume goes on behind whole lines."""
+    """Greedy answers to the questions of the first training rows, by the lengths of their prompts;
+    --resume goes on behind whole lines."""
     path = tmp_path / "rows.jsonl"
     flags = ("--data", "wordproblems", "--model", tiny, "--limit", 5, "--max-new-tokens", 8,
              "--batch-size", 2, "--out", path)
     works(answers, *flags)
     rows = [json.loads(line) for line in open(path)]
     tokenizer, model = Tokenizer(tiny), Transformer.from_pretrained(tiny)
-    assert len(rows) == 5
-    for row in rows:
-        prompt = tokenizer.prompt(row["question"], "chat")
+    asked = [row["question"] for row in rows]
+    assert sorted(asked) == sorted(WordProblems(0)[i]["question"] for i in range(5))
+    prompts = [tokenizer.prompt(question, "chat") for question in asked]
+    lengths = [len(prompt) for prompt in prompts]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+    for row, prompt in zip(rows, prompts):
         result, = generate(model, tokenizer, [prompt], max_new_tokens=8)
         written = [token for token in result.tokens if token not in tokenizer.stop_ids]
         assert row["answer"] == tokenizer.decode(written)
@@ -150,8 +155,22 @@ def test_answers(tmp_path, tiny):
     path.write_text("".join(whole.splitlines(keepends=True)[:3])[:-4])  # killed in the third line
     works(answers, *flags, "--resume")
     assert path.read_text() == whole
-    assert_refused(cli(answers, *flags, "--resume", "--seed", 1), "other questions")
+    for other in (("--seed", 1), ("--limit", 40)):              # more rows: another order
+        assert_refused(cli(answers, *flags, "--resume", *other), "other questions")
     assert path.read_text() == whole
+
+
+def test_answers_of_one_length_keep_their_order(tmp_path, tiny):
+    """Nor does the text of a question decide: what is resumed has the order that it began with."""
+    rows, path = tmp_path / "rows.jsonl", tmp_path / "own.jsonl"
+    questions = ["sss", "a", "bb", "ttt", "aaa", "zz", "q?"]    # the last one is held out
+    rows.write_text("".join(json.dumps({"question": question, "answer": "1"}) + "\n"
+                            for question in questions))
+    works(answers, "--data", rows, "--model", tiny, "--max-new-tokens", 2, "--out", path,
+          "--prompt-format", "plain")
+    train, _ = load_data(str(rows), 1, 0)
+    expected = sorted((row["question"] for row in train), key=len)
+    assert [json.loads(line)["question"] for line in open(path)] == expected != sorted(expected)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -234,6 +253,17 @@ def test_confidence_end_to_end(trained, tmp_path):
     own = [t for t in tokens if t["question"] == 0]
     assert [t["agrees"] for t in own] == (choices == ids[0, len(prompt):]).tolist()
     assert [t["confidence"] for t in own] == pytest.approx(result.confidences, abs=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# Both are about mask tokens
+
+def test_heads_are_refused(tmp_path, tiny):
+    out, none = train_briefly(tmp_path / "out", "--model", tiny, "--heads", 2), tmp_path / "none"
+    for module in (confidence, clash):
+        result = cli(module, "--model", out, "--limit", 1, "--out", none)
+        assert_refused(result, f"{out} drafts with heads")
+    assert not none.exists()
 
 
 # --------------------------------------------------------------------------------------------------

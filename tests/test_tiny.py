@@ -33,7 +33,7 @@ def causal(n):
 
 def answers(folder, count, *strategies):
     """Unseen problems and, for each Strategy, their Answers; and the tokenizer."""
-    model, tokenizer, trained = load(folder, torch.device("cpu"), torch.float32)
+    model, tokenizer, *_ = load(folder, torch.device("cpu"), torch.float32)
     rows = [WordProblems(5, "test")[i] for i in range(count)]
     prompts = [tokenizer.prompt(row["question"], "plain") for row in rows]
     return rows, tokenizer, [decode(model, tokenizer, prompts, strategy, max_new_tokens=120)
@@ -140,6 +140,23 @@ def test_the_trained_one_is_a_run_in_bf16(tiny, tmp_path):
     assert whole.keys() == rounded.keys()
     for name, tensor in rounded.items():
         assert torch.equal(tensor, whole[name].bfloat16())
+
+
+def test_of_heads_the_start_is_not_rounded(tiny, tmp_path):
+    run = train_briefly(tmp_path / "run", "--model", tiny, "--heads", 2, "--draft-vocab", 50)
+    result = cli(maker, "--trained", run, "--out", tmp_path / "made")
+    assert result.code == 0 and "k_max 3, 2 steps" in result.out, result
+    made, latest = tmp_path / "made", run / "latest"
+    assert {file.name for file in made.iterdir()} == {
+        file.name for file in latest.iterdir()} - {"trainer.pt"}
+    for name in ("config.json", "draft_vocab.json", *TOKENIZER_FILES):
+        assert read_json(made / name) == read_json(latest / name)
+    start, whole, rounded = (
+        load_file(folder / "model.safetensors") for folder in (tiny, latest, made))
+    assert whole.keys() == rounded.keys() > start.keys()
+    for name, tensor in rounded.items():
+        expected = start[name] if name in start else whole[name].bfloat16()
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected)
 
 
 # --------------------------------------------------------------------------------------------------

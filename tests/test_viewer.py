@@ -1,6 +1,7 @@
 """
 The page to play with. Its numbers: what the replay finds in each pass against what decoding
-emitted, and against one plain forward pass for each. Its text: whatever a prompt spells stays text.
+emitted, and against one plain forward pass for each; what heads drafted, against what decoding was
+fed. Its text: whatever a prompt spells stays text.
 And the page in a browser, where one is installed: Chromium, moved by its own debugging protocol
 over two pipes, so that keys and mouse are those of a user. (What it refuses is in test_cli.py.)
 """
@@ -24,7 +25,9 @@ from test_cli import cli
 from common.files import read_json
 from common.machine import machine
 from common.report import chunks_of
+from heads import Drafter
 from sample import accept, generate, load
+from speculate import speculate
 from studies import viewer
 
 ATTACK = ("</script><script>document.title = 'owned'</script>"
@@ -38,9 +41,27 @@ def trained(tmp_path_factory):
     return train_briefly(tmp_path_factory.mktemp("trained") / "out", "--k", 3, "--lr", 1e-4)
 
 
+@pytest.fixture(scope="module")
+def with_heads(tmp_path_factory):
+    """The tiny model and three heads after a few steps: about half of their drafts stand."""
+    return train_briefly(
+        tmp_path_factory.mktemp("heads") / "out", "--heads", 3, "--draft-vocab", 200, "--steps", 8,
+        "--batch-size", 8, "--lr", 5e-3, "--warmup", 2, "--cooldown", 0)
+
+
 def loaded(trained):
     """(model, tokenizer)"""
     return load(trained, "cpu", torch.float32)[:2]
+
+
+@pytest.fixture(scope="module")
+def drafted(with_heads, tmp_path_factory):
+    """(the page, its data) for two prompts, decoded with heads."""
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    result = cli(viewer, QUESTION, "How many?", "--model", with_heads, "--max-new-tokens", 30,
+                 "--out", out)
+    assert result.code == 0 and "lossless 4 heads" in result.out, result
+    return out, embedded(out)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +149,35 @@ def test_replay_bidirectional(trained):
     assert causal[0] == both[0] and causal[1] != both[1]    # slot 1 stands on text, slot 2 does not
 
 
+@pytest.mark.parametrize("k, threshold", [(4, None), (3, None), (4, 0.5)])
+def test_replayed_drafts_are_those_that_decoding_was_fed(k, threshold, with_heads, monkeypatch):
+    """Ids and probabilities, all of every pass. A threshold and a smaller k feed fewer."""
+    model, tokenizer, _, heads = load(with_heads, "cpu", torch.float32)
+    fed, passes = [], []
+    real = Drafter.draft
+
+    def spy(self, *arguments):
+        ids, p = real(self, *arguments)
+        fed.append(list(zip(ids[0].tolist(), p[0].tolist())))
+        return ids, p
+
+    for question in (QUESTION, "How many?"):
+        prompt = tokenizer.prompt(question, "plain")
+        with monkeypatch.context() as patch:
+            patch.setattr(Drafter, "draft", spy)
+            result, = speculate(model, tokenizer, [prompt], k, threshold, heads=heads)
+        replayed = viewer.drafts_of(model, heads, prompt, result, tokenizer.mask_id)
+        assert len(replayed) == result.passes and replayed[0] == []
+        for ours, theirs, (n, stood) in zip(replayed[1:], fed, result.drafts):
+            assert len(ours) == n <= k - 1
+            assert [i for i, _ in ours] == [i for i, _ in theirs[:n]]
+            assert [p for _, p in ours] == pytest.approx([p for _, p in theirs[:n]], abs=1e-5)
+        passes += result.drafts
+        fed.clear()
+    assert {stood for _, stood in passes} >= {0, 1}
+    assert ({n for n, _ in passes} == {k - 1}) == (threshold is None)
+
+
 # --------------------------------------------------------------------------------------------------
 # The file
 
@@ -180,17 +230,81 @@ def test_page_needs_nothing_and_runs_nothing(written):
     assert "default-src 'none'" in empty
 
 
-def test_static_and_plain(trained, tiny, tmp_path):
+def test_static_and_plain(trained, with_heads, tiny, tmp_path):
     """--k alone is static; with k = 1, asked for or all that a model can do, one column."""
     names = []
     for flags in (("--model", trained, "--k", 2), ("--model", trained, "--k", 1),
+                  ("--model", with_heads, "--k", 2), ("--model", with_heads, "--k", 1),
                   ("--model", tiny, "--threshold", 0.5)):
         result = cli(viewer, *flags, "--max-new-tokens", 5, "--out", tmp_path / "a.html")
         assert result.code == 0 and ("has not been trained" in result.out) == (flags[1] == tiny)
         runs = embedded(tmp_path / "a.html")["prompts"][0]["runs"]
         names.append([run["name"] for run in runs])
-    assert names == [["k = 1", "static 2"], ["k = 1"], ["k = 1"]]
+    assert names == [["k = 1", "static 2"], ["k = 1"], ["k = 1", "lossless 2 heads"], ["k = 1"],
+                     ["k = 1"]]
     assert os.listdir(tmp_path) == ["a.html"]                           # no temporary file stays
+
+
+def test_page_of_heads(with_heads, drafted):
+    """The text of k = 1; which drafts it came from, and which fell where it goes another way."""
+    model, tokenizer, _, heads = load(with_heads, "cpu", torch.float32)
+    kinds = {"stood": 0, "fell": 0, "behind": 0}
+    for entry in drafted[1]["prompts"]:
+        plain, run = entry["runs"]
+        assert (plain["name"], run["name"]) == ("k = 1", "lossless 4 heads")
+        assert (run["k"], run["note"]) == (4, "the same text as k = 1")
+        prompt = tokenizer.prompt(entry["text"], "plain")
+        result, = speculate(model, tokenizer, [prompt], 4, max_new_tokens=30, heads=heads)
+        assert [one["kept"] for one in run["passes"]] == result.chunks
+        kept = [slot for one in run["passes"] for slot in one["slots"][:one["kept"]]]
+        for slot, alone in zip(kept, plain["passes"], strict=True):     # k = 1 knows no drafts
+            alone, = alone["slots"]
+            assert (slot["text"], slot["name"]) == (alone["text"], alone["name"])
+            assert slot["p"] == pytest.approx(alone["p"], abs=1e-4) and slot["rank"] == 1
+            assert [name for name, _ in slot["top"]][0] == slot["name"]
+            assert [p for _, p in slot["top"]] == pytest.approx(
+                [p for _, p in alone["top"]], abs=1e-4)
+
+        first, *others = run["passes"]
+        assert [slot["role"] for slot in first["slots"]] == ["the model's own token"]
+        for one, (fed, stood) in zip(others[:-1], result.drafts):       # the last one may be cut
+            *right, own = one["slots"][:stood + 1]
+            wrong = one["slots"][stood + 1:]
+            assert len(right) + len(wrong) == fed == 3 and one["kept"] == stood + 1
+            assert own["role"] == "the model's own token"
+            assert [slot["role"] for slot in right + wrong] == ["draft 1", "draft 2", "draft 3"]
+            assert all("would have written" in slot["why"] for slot in right)
+            for place, slot in enumerate(wrong):
+                if place == 0:
+                    assert slot["name"] != own["name"] and slot["top"] == own["top"]
+                    assert slot["why"].startswith("fell: in its place the model itself writes")
+                else:
+                    assert slot["top"] == [] and slot["rank"] is None
+                    assert f"fell: it stands behind draft {stood + 1}, which is" in slot["why"]
+            kinds["stood"] += len(right)
+            kinds["fell"] += len(wrong[:1])
+            kinds["behind"] += len(wrong[1:])
+    assert min(kinds.values()) > 0, kinds
+
+
+def test_a_draft_behind_the_end(with_heads, tmp_path):
+    """The limit is reached at a draft that stood: the others were drafted in vain."""
+    model, tokenizer, _, heads = load(with_heads, "cpu", torch.float32)
+    prompt = tokenizer.prompt(QUESTION, "plain")
+    whole, = speculate(model, tokenizer, [prompt], 4, heads=heads)
+    number = whole.chunks.index(3)                              # two drafts stood there, one fell
+    out = tmp_path / "a.html"
+    for emitted in (1, 2):
+        limit = sum(whole.chunks[:number]) + emitted
+        result = cli(viewer, QUESTION, "--model", with_heads, "--max-new-tokens", limit,
+                     "--out", out)
+        assert result.code == 0, result
+        last = embedded(out)["prompts"][0]["runs"][1]["passes"][-1]
+        assert last["kept"] == emitted and [slot["role"] for slot in last["slots"]] == [
+            "draft 1", "draft 2", "draft 3"]
+        assert all("would have written" in slot["why"] for slot in last["slots"][:emitted])
+        assert {slot["why"] for slot in last["slots"][emitted:]} == {
+            "not kept: it stands behind the end of the answer"}
 
 
 def test_what_it_shows_is_kept(trained, tmp_path):
@@ -317,6 +431,10 @@ SHOWN = """
             .map(token => [token.closest('.drafts') !== null, token.info.slot.name]))"""
 
 
+def drawn(name):
+    return name.replace(" ", "\u2423").replace("\n", "\u21b5")
+
+
 def expected(run, passes):
     """What a column should show after so many passes: [is it a draft, name] of each token."""
     tokens = [[False, slot["name"]] for one in run["passes"][:passes]
@@ -405,6 +523,38 @@ def test_page_tells_a_tokens_story(browser, written):
     browser.until("pass === 3")
     browser.js("document.querySelector('.drafts:not([hidden]) .token').focus()")
     assert "below the threshold 0.9" in facts()
+
+
+def test_page_tells_of_drafts(browser, drafted):
+    """What stood, what the model itself wrote, what fell: with role and reason, without slots."""
+    out, data = drafted
+    run = data["prompts"][0]["runs"][1]
+    passes = list(enumerate(run["passes"], 1))
+    some_stood = next(n for n, one in passes if 1 < one["kept"] < len(one["slots"]))
+    none_stood = next(n for n, one in passes if one["kept"] == 1 < len(one["slots"]))
+    browser.screen(1200, 900)
+    browser.events.clear()
+    for number in (some_stood, none_stood):
+        browser.open(f"{out.as_uri()}#pass={number}")
+        assert browser.js(SHOWN) == [expected(run, number) for run in data["prompts"][0]["runs"]]
+        one = run["passes"][number - 1]
+        first = sum(earlier["kept"] for earlier in run["passes"][:number - 1])
+        for place, slot in enumerate(one["slots"]):
+            kept = place < one["kept"]
+            element = f"runs[1].tokens[{first + place}].element" if kept else (
+                "document.querySelectorAll('section:last-child .drafts:not([hidden]) .token')"
+                f"[{place - one['kept']}]")
+            browser.js(element + ".click()")
+            rank = f", rank {slot['rank'] or 'beyond 5'}" if slot["top"] else ""
+            answer = f"; token {first + place + 1} of the answer" if kept else ""
+            assert browser.js("document.querySelector('#facts').textContent") == (
+                f"{drawn(slot['name'])} confidence {slot['p']:.3f}{rank}"
+                f"lossless 4 heads: pass {number}, {slot['role']}{answer}{slot['why']}")
+            label = browser.js(element + ".ariaLabel")
+            assert label.endswith(f"pass {number}, {slot['role']}" + ("" if kept else ", not kept"))
+            tops = browser.js("document.querySelectorAll('#top li').length")
+            assert tops == len(slot["top"])
+    assert all(event["method"] != "Runtime.exceptionThrown" for event in browser.events)
 
 
 def test_page_keeps_text_text(browser, written):
