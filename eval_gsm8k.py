@@ -261,7 +261,10 @@ def main():
         on_problems = trained.get("data") == "wordproblems" or resolve(name) == resolve("tiny")
         args.data = "wordproblems" if on_problems else "gsm8k"
     questions, examples = load_questions(args.data, args.limit, args.shots, args.seed)
-    model, tokenizer, _, heads = load(name, device, dtype)
+    model, tokenizer, trained, heads = load(name, device, dtype)
+    if heads and args.narrow:
+        raise InputError("--narrow is about mask tokens, and this checkpoint drafts with heads: "
+                         "leave it out")
     style = args.prompt_format or trained.get("prompt_format") or tokenizer.default_format
     is_qa = style in QA_FORMATS
     stops = args.stop if args.stop is not None else QA_STOPS if is_qa else []

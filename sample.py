@@ -185,14 +185,15 @@ def generate(model, tokenizer, prompts, k=1, threshold=None, max_new_tokens=256,
 # Loading, and what the flags mean
 
 def load(name, device, dtype):
-    """For a --model name: (model, ready to decode; tokenizer; train.py's note in config.json; heads
-    of heads.py, or None)."""
+    """For a --model name: (model, ready to decode; tokenizer; train.py's note in config.json, {} if
+    it was not trained here; heads of heads.py, or None)."""
     folder = resolve(name)
     model = Transformer.from_pretrained(folder, dtype, device).eval().fuse()
-    heads = load_heads(folder, dtype, device)
+    heads, note = load_heads(folder, dtype, device), model.config.raw.get("nanomtp", {})
     if heads:
         heads.eval().fuse()
-    return model, Tokenizer(folder), model.config.raw.get("nanomtp", {}), heads
+        note = note | {"k_max": heads.depth + 1}        # also of heads that were not trained here
+    return model, Tokenizer(folder), note, heads
 
 
 class Strategy(NamedTuple):

@@ -57,6 +57,11 @@ PRESETS = {
     "smollm2": dict(
         model="smollm2-135m", data="gsm8k", k=4, lr=2e-4, batch_size=8, micro_batch_size=4,
         steps=500, cooldown=120, eval_every=50, eval_prompts=8, save_every=50),
+    # One head's weights at four depths: they learn from each row four times
+    "smollm2-heads": dict(
+        model="smollm2-135m", data="gsm8k", heads=4, loop=True, draft_vocab=4096, lr=2e-3,
+        warmup=40, batch_size=8, micro_batch_size=8, seq_len=256, steps=1500, cooldown=500,
+        eval_every=250, eval_prompts=8, max_new_tokens=128, save_every=100),
     # The paper's model, data, k, optimiser and batch. The optimiser is what the paper's text says:
     # PyTorch's AdamW as it comes, and no clipping (the authors' config: betas .9/.95, decay .1).
     # Of the paper's 160 fed tokens 85 are text at k = 16, 155 at k = 2, with 5 regions: one per 17
@@ -285,7 +290,9 @@ def gradients(step, student, teacher, train, tokenizer, args):
 
     # --- 2. The loss is a mean over the whole step, so count first: its slots, and the tokens of
     # the prefix loss
-    counts = sum(torch.tensor(slots_of(batch, teacher, args)) for batch, weight in passes if weight)
+    counts = torch.zeros(2, dtype=torch.long)
+    for batch, weight in passes:
+        counts += torch.tensor(slots_of(batch, teacher, args)) * (weight > 0)
     total_slots, prefix_tokens = parallel.total(counts.to(device)).clamp(min=1).tolist()
 
     # --- 3. Forward and backward, pass by pass
@@ -446,7 +453,8 @@ def load_models(start, folder, tokenizer, args, device):
     if args.targets != "ground-truth":
         teacher = Transformer.from_pretrained(start, DTYPES[args.dtype], device)
         teacher.requires_grad_(False)
-    student.config.raw.pop("num_mtp_layers", None)          # the start's heads, if any, stay behind
+    for name in ("num_mtp_layers", "mtp_layer_types"):      # the start's heads, if any, stay behind
+        student.config.raw.pop(name, None)
     if args.k > 1:
         fresh = tokenizer.mask_id is None                   # the start checkpoint has none
         tokenizer.add_mask_token()

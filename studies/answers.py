@@ -9,7 +9,7 @@ When it decodes, the student reads its own text, not the data set's. Distilled o
 answers, it is judged after prefixes that it would never write; on its own answers, after those that
 it will meet. (The paper trains on the data set's.)
 
-Rows come in the order of their prompts' lengths, so that a batch pads little: alike ones share it.
+Of every 512 questions the shortest prompts come first, so that a batch pads little.
 """
 import json
 from pathlib import Path
@@ -26,6 +26,9 @@ from common.machine import keep_freed_memory, pick_device, pick_dtype
 from common.tokenizer import Tokenizer
 from model import Transformer
 from sample import generate
+
+
+WINDOW = 512            # questions that are sorted by length: not all, --limit should take any rows
 
 
 def whole_lines(path, questions):
@@ -77,7 +80,8 @@ def main():
     # not fused, unlike what sample.load returns: faster for many rows
     model = Transformer.from_pretrained(folder, pick_dtype(args.dtype, device), device)
     pairs = [(tokenizer.prompt(question, style), question) for question in questions]
-    pairs.sort(key=lambda pair: len(pair[0]))               # stable: when resumed the same order
+    pairs = [pair for first in range(0, len(pairs), WINDOW)
+             for pair in sorted(pairs[first:first + WINDOW], key=lambda pair: len(pair[0]))]
     prompts, questions = zip(*pairs)
     check_prompts(prompts, model)
 

@@ -206,28 +206,37 @@ def test_choose_strategy():
         assert choose_strategy(*flags, 4) == Strategy(k, threshold)
     assert choose_strategy(None, None, 4, "wide") == Strategy(4, None, "wide")
     assert choose_strategy(None, 0.5, 4, "narrow") == Strategy(4, 0.5, "narrow")
+    # what heads draft is always verified, whatever else was asked for
+    heads = object()
+    for flags, expected in {
+            (None, None): Strategy(4, None, "heads"), (3, None): Strategy(3, None, "heads"),
+            (None, 0.5): Strategy(4, 0.5, "heads"), (1, 0.5): Strategy(1)}.items():
+        assert choose_strategy(*flags, 4, heads=heads) == expected
+    assert choose_strategy(None, None, 4, "wide", heads) == Strategy(4, None, "heads")
     for k in (0, 5):
-        with pytest.raises(InputError, match="1 to 4"):
-            choose_strategy(k, None, 4)
+        for more in ({}, {"heads": heads}):
+            with pytest.raises(InputError, match="1 to 4"):
+                choose_strategy(k, None, 4, **more)
     assert choose_strategy(None, 0.9, 1) == Strategy(1) == choose_strategy(1, 0.9, 4)
     names = {Strategy(): "static 1", Strategy(3): "static 3",
              Strategy(4, 0.95): "adaptive 0.95", Strategy(4, None, "wide"): "lossless 4",
-             Strategy(4, 0.5, "narrow"): "lossless 4 narrow at 0.5"}
+             Strategy(4, 0.5, "narrow"): "lossless 4 narrow at 0.5",
+             Strategy(5, None, "heads"): "lossless 5 heads"}
     assert [strategy.name for strategy in names] == list(names.values())
 
 
 def test_draw_follows_the_distribution():
-    """Shares of 4000 draws for each of two rows with logits of their own."""
+    """Shares of 4000 draws in each of two places with logits of their own."""
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0], [3.0, -torch.inf, 2.0, 2.0]])
     generator = torch.Generator().manual_seed(0)
 
     def shares(temperature=1.0, top_k=0, top_p=1.0):
-        many = logits.repeat(4000, 1)[:, None]                                  # (8000, 1, 4)
+        many = logits.repeat(4000, 1, 1)                                        # (4000, 2, 4)
         token, p = draw(many, temperature, top_k, top_p, generator)
-        assert token.shape == p.shape == (8000, 1)
+        assert token.shape == p.shape == (4000, 2)
         # the probability that is reported is the model's own, whatever it was drawn from
-        assert torch.equal(p, many[:, 0].softmax(dim=-1).gather(-1, token))
-        return torch.stack([token[row::2].flatten().bincount(minlength=4) / 4000 for row in (0, 1)])
+        assert torch.equal(p, many.softmax(dim=-1).gather(-1, token[..., None])[..., 0])
+        return torch.stack([token[:, place].bincount(minlength=4) / 4000 for place in (0, 1)])
 
     def close(drawn, expected):
         torch.testing.assert_close(drawn, torch.as_tensor(expected), rtol=0, atol=0.03)

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import TINY_VOCAB, log_rows, run_train, tiny_checkpoint, train_briefly
 from safetensors.torch import load_file, save_file
 from test_mtp import assert_same_gradients, gradient, region_by_region
