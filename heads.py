@@ -225,7 +225,7 @@ class Backbone:
             for b, states in zip(new, self.model(ids, positions, causal, head=False)):
                 row = batch.rows[b]
                 by_row[row] = states[:len(row)]                                 # (own T, C)
-                if self.room >= by_row[row].nbytes:
+                if row not in self.kept and self.room >= by_row[row].nbytes:
                     self.kept[row] = by_row[row].cpu().clone()      # of the padded pass a copy
                     self.room -= by_row[row].nbytes
         states = [by_row.get(row, self.kept.get(row)).to(device) for row in batch.rows]
@@ -344,6 +344,7 @@ class Drafter:
         returns     drafts (B, depth) long, and their probabilities (B, depth)
         """
         heads, cache = self.heads, self.cache
+        heads.frequencies = heads.frequencies.to(tokens.device)
         W, row = int(count.max()), torch.arange(len(tokens), device=tokens.device)
         states, tokens = states[:, :W], F.pad(tokens[:, :W], (0, depth))        # room for drafts
         drafts, confidence = [], []
@@ -420,8 +421,10 @@ def save_heads(heads, backbone, start, folder, weights=None):
 def load_heads(folder, dtype=torch.float32, device="cpu"):
     """Heads of a Hugging Face folder, or None where it has none. InputError for a damaged one."""
     raw = read_json(Path(folder) / "config.json")
-    depth = raw.get("num_mtp_layers")
-    if not depth:
+    depth = raw.get("num_mtp_layers") or 0
+    if type(depth) is not int:
+        raise InputError(f"{folder}/config.json: num_mtp_layers must be a whole number")
+    if depth == 0:
         return None
     loop = raw.get("nanomtp", {}).get("loop", False)
     heads, weights = Heads(Config.from_dict(raw), depth, loop), read_weights(folder)
@@ -436,5 +439,9 @@ def load_heads(folder, dtype=torch.float32, device="cpu"):
         head.load_state_dict(own)
     drafted = Path(folder) / "draft_vocab.json"
     if drafted.exists():
-        heads.draft_ids = torch.tensor(read_json(drafted)["ids"])
+        ids, V = read_json(drafted).get("ids"), heads.config.vocab_size
+        if not isinstance(ids, list) or not ids or not all(
+                type(token) is int and 0 <= token < V for token in ids):
+            raise InputError(f"{drafted} holds no list of token ids below {V}")
+        heads.draft_ids = torch.tensor(ids)
     return heads.to(device, dtype)

@@ -458,7 +458,7 @@ class Transformer(nn.Module):
         # --- layers behind the last one are no part of the model: heads.py, DeepSeek-V3 and others
         # keep multi-token heads there
         layers = config.num_hidden_layers
-        for layer in range(layers, layers + config.raw.get("num_mtp_layers", 0)):
+        for layer in range(layers, layers + int(config.raw.get("num_mtp_layers") or 0)):
             beyond = f"model.layers.{layer}."
             weights = {name: x for name, x in weights.items() if not name.startswith(beyond)}
 

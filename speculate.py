@@ -116,6 +116,7 @@ def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, max_ne
     heads       a heads.Heads: drafts are its, and no mask token is fed
     returns     one Answer per prompt, with `drafts`, (fed, stood) of each verifying pass
     """
+    heads = heads if k > 1 else None
     never = never_emitted(model, tokenizer, 1 if heads else k)
     filler = never[0] if never else 0               # for a shorter row: nothing in front sees it
     answers = Answers(model, tokenizer, prompts, max_new_tokens, stop_strings, on_chunk)

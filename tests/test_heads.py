@@ -319,7 +319,6 @@ def test_states_keep_to_their_memory(masked):
     assert storage == 64 * 4 * (6 + 9) <= limit
 
 
-@pytest.mark.xfail(strict=True, reason="a row that is twice in a batch is counted twice")
 def test_row_twice_in_a_batch_takes_room_once(masked):
     rows, heads = random_rows((2, 6), (2, 9), seed=4), Heads(masked.config, 2)
     backbone = Backbone(masked, keep_gb=64 * 4 * (6 + 9 + 1) / 1e9)
@@ -642,7 +641,6 @@ def test_decode_asks_heads_only_where_the_strategy_does(trained, masked):
         decode(model, tokens(), prompts, Strategy(3, None, "wide"), heads, **ending)
 
 
-@pytest.mark.xfail(strict=True, reason="torch.stack of no drafts")
 def test_no_draft_is_a_number_of_drafts(trained):
     """k = 1 with heads is k = 1."""
     model, _, heads = trained()
@@ -800,7 +798,6 @@ def test_damaged_folders_are_input_errors(tmp_path, tiny, damage, message):
         load_heads(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="the list is not checked")
 @pytest.mark.parametrize("content", [{}, {"ids": []}, {"ids": [5, TINY_VOCAB]}, {"ids": [-1]},
                                      {"ids": "5"}, {"ids": [1.5]}, {"ids": [[5]]}], ids=str)
 def test_damaged_draft_vocabulary_is_an_input_error(tmp_path, tiny, content):

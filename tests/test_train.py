@@ -627,6 +627,19 @@ def test_heads_on_ground_truth(tiny, sums, tmp_path):
     assert_start_is_untouched(tmp_path / "text", tiny)
 
 
+def test_texts_shorter_than_the_cascade(tiny, tmp_path):
+    """The last heads have no token there, and even the first few to learn from."""
+    path = tmp_path / "short.jsonl"
+    path.write_text("".join(json.dumps({"question": "a" * n, "answer": "b"}) + "\n"
+                            for n in range(1, 5)))
+    run_train("--model", tiny, "--data", path, *WITH_HEADS, "--heads", 14, "--steps", 3,
+              "--batch-size", 2, "--eval-every", 3, "--eval-prompts", 1, "--max-new-tokens", 3,
+              "--out", tmp_path / "out")
+    for row in log_rows(tmp_path / "out", "train"):
+        assert row["slots"] == 2 and row["agreement"][1:] == [0] * 13 and row["loss"] > 0
+    assert log_rows(tmp_path / "out", "eval")[-1]["tokens_per_forward"] >= 1
+
+
 def test_one_method_after_the_other(fond, with_heads, tmp_path):
     """Heads on a model with a mask token, and a mask token for a model with heads, which lose
     their meaning then."""
