@@ -186,7 +186,7 @@ def make_head_batch(encoded, heads, device):
     training: from token i head d has a slot at token i + d, if a token of the text follows there.
     """
     rows = [tuple(ids) for _, ids in encoded]
-    T = max(map(len, rows))
+    T = max(heads.depth + 1, *map(len, rows))       # so that even the last head has a token
     text = torch.full((len(rows), T + heads.depth + 1), -100)
     for b, own in enumerate(rows):
         text[b, :len(own)] = torch.tensor(own)
@@ -214,22 +214,25 @@ class Backbone:
 
     @torch.no_grad()
     def states(self, batch):
-        """Last hidden states of a HeadBatch's texts, (B, T, C)."""
-        device = batch.ids.device
-        new = [b for b, row in enumerate(batch.rows) if row not in self.kept]
-        by_row = {}
-        if new:
-            ids = batch.ids[new]                                                # (rows, T)
-            positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
-            causal = torch.ones(*2 * ids.shape[1:], dtype=torch.bool, device=device).tril()
-            for b, states in zip(new, self.model(ids, positions, causal, head=False)):
-                row = batch.rows[b]
-                by_row[row] = states[:len(row)]                                 # (own T, C)
-                if row not in self.kept and self.room >= by_row[row].nbytes:
-                    self.kept[row] = by_row[row].cpu().clone()      # of the padded pass a copy
-                    self.room -= by_row[row].nbytes
-        states = [by_row.get(row, self.kept.get(row)).to(device) for row in batch.rows]
-        return nn.utils.rnn.pad_sequence(states, batch_first=True)              # (B, T, C)
+        """Last hidden states of a HeadBatch's texts, (B, T, C).
+
+        Each text is read by itself. What is kept of it must not depend on what else was in the
+        batch: a resumed run, which has kept nothing, would differ in the last bit.
+        """
+        device, T = batch.ids.device, batch.ids.shape[1]
+        states = []
+        for row in batch.rows:
+            own = self.kept.get(row)
+            if own is None:
+                ids = torch.tensor([row], device=device)                        # (1, own T)
+                positions = torch.arange(len(row), device=device)[None]
+                causal = torch.ones(len(row), len(row), dtype=torch.bool, device=device).tril()
+                own = self.model(ids, positions, causal, head=False)[0]         # (own T, C)
+                if self.room >= own.nbytes:
+                    self.kept[row] = own.cpu()
+                    self.room -= own.nbytes
+            states.append(F.pad(own.to(device), (0, 0, 0, T - len(row))))       # (T, C)
+        return torch.stack(states)                                              # (B, T, C)
 
 
 # --------------------------------------------------------------------------------------------------

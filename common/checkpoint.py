@@ -21,7 +21,7 @@ from common.files import new_folder
 
 # Settings that a resumed run may change
 MAY_CHANGE = ("resume", "out", "steps", "minutes", "device", "micro_batch_size", "compile", "fsdp",
-              "eval_every", "max_new_tokens", "log_every", "save_every")
+              "eval_every", "max_new_tokens", "log_every", "save_every", "keep_gb")
 
 
 def find_run(out, resume):
