@@ -56,7 +56,8 @@ from torch.utils.checkpoint import checkpoint
 from common.cli import InputError
 from common.files import read_json, read_weights, write_json
 from model import (
-    Block, Config, KVCache, RMSNorm, fuse, rope_frequencies, run_blocks, save_pretrained)
+    Block, Config, Fused, KVCache, RMSNorm, fuse, input_major, rope_frequencies, run_blocks,
+    save_pretrained)
 from mtp import CHUNK, Seen, most_likely_of, output_layer
 
 # --------------------------------------------------------------------------------------------------
@@ -134,8 +135,10 @@ class Heads(nn.Module):
 
     def fuse(self):
         """Prepare for decoding, as `Transformer.fuse` does. In place; returns self."""
-        fuse(self, [head.block for head in self.heads])
-        return self
+        fuse([head.block for head in self.heads])
+        for head in self.heads:
+            head.eh_proj = Fused(head.eh_proj)
+        return self.requires_grad_(False)
 
     def forward(self, embedded, states):
         """All depths over whole texts, for training.
@@ -330,7 +333,8 @@ class Drafter:
     def __init__(self, heads, backbone, batch_size, capacity, never):
         """never   ids that are no candidates; the others as in KVCache"""
         self.heads, self.backbone = heads, backbone
-        self.layer = draft_layer(heads, backbone, never[0] if never else None)
+        matrix, bias = draft_layer(heads, backbone, never[0] if never else None)
+        self.layer = input_major(matrix), bias              # for products of few rows, see `fuse`
         self.cache = KVCache(backbone, batch_size, capacity, heads.depth)
         self.cache.length += 1                  # no head is ever fed the first token
         # by depth, its state at the last certain token, which the next depth reads first
@@ -368,7 +372,7 @@ class Drafter:
             logits = F.linear(out[row, last], *self.layer).float()              # (B, n)
             top, best = logits.max(dim=-1)
             drafts.append(heads.to_token(best))
-            confidence.append((top - logits.logsumexp(dim=-1)).exp())
+            confidence.append(1 / (logits - top[:, None]).exp().sum(dim=-1))
             tokens[row, last + 1] = drafts[-1]
 
             # --- 3. The next depth reads these states one token later

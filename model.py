@@ -286,19 +286,52 @@ class MLP(nn.Module):
 
 
 class Fused(nn.Module):
-    """Several linear layers of one input as one matrix product; see `fuse`."""
+    """Linear layers of one input as one matrix product, for decoding; see `fuse`."""
 
     def __init__(self, *layers):
         super().__init__()
         self.sizes = [layer.out_features for layer in layers]
-        self.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]))
+        weight = input_major(torch.cat([layer.weight.detach() for layer in layers]))
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None
         if layers[0].bias is not None:
-            self.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]))
+            bias = torch.cat([layer.bias.detach() for layer in layers])
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self.packed = pack(weight)
 
     def forward(self, x):
-        """(B, T, C) -> a tuple of (B, T, out), one for each layer."""
-        return F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+        """(B, T, C) -> (B, T, out) of the one layer, or a tuple of them."""
+        y = fast_linear(x, self.weight, self.packed, self.bias)
+        return y if len(self.sizes) == 1 else y.split(self.sizes, dim=-1)
+
+
+def input_major(matrix):
+    """The same matrix, stored column by column."""
+    return matrix.t().contiguous().t()
+
+
+def pack(matrix):
+    """A matrix in the memory order of oneDNN, PyTorch's CPU library; None where it has none.
+
+    torch.compile's ops for frozen weights: not documented, hence the pinned version of torch.
+    """
+    if matrix.device.type != "cpu" or matrix.dtype != torch.float32:
+        return None
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), 4)
+
+
+def fast_linear(x, matrix, packed, bias=None):
+    """F.linear(x, matrix, bias), for few rows of x by the packed matrix, if there is one.
+
+    Left to itself PyTorch copies the matrix anew for every product of several rows. One or two rows
+    are faster without.
+    """
+    rows = x.numel() // x.shape[-1]
+    if packed is None or not 3 <= rows <= 64:
+        return F.linear(x, matrix, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 class Block(nn.Module):
@@ -341,25 +374,23 @@ def run_blocks(blocks, x, positions, mask, frequencies, cache=None, first_layer=
     return x
 
 
-def fuse(module, blocks):
-    """Prepare for decoding: q, k, v and gate, up of `blocks` as one matrix product each, and every
-    matrix of `module`, which they belong to, transposed in memory.
+def fuse(blocks):
+    """Prepare blocks for decoding, in place: q, k, v and gate, up as one matrix product each, and
+    every matrix stored as products of few rows are fast with.
 
     A pass over a few tokens waits for memory and for one kernel after another: fewer, larger
-    products are faster, and CPU libraries are faster still with matrices stored input-major
-    (x @ W, not x @ W.T). The models of results/bench-* are timed so. The numbers stay the same up
-    to rounding. In place. What is fused can no longer be trained or saved: modules have lost the
-    checkpoint's names.
+    products are faster. CPU libraries are faster with matrices stored input-major (x @ W, not
+    x @ W.T) for a row or two, and for a few more in an order of their own, which costs a second
+    copy of the weights. The numbers stay the same up to rounding. What is fused can no longer be
+    trained or saved: modules have lost the checkpoint's names.
     """
     for block in blocks:
         attention, mlp = block.self_attn, block.mlp
         attention.qkv_proj = Fused(attention.q_proj, attention.k_proj, attention.v_proj)
+        attention.o_proj = Fused(attention.o_proj)
         mlp.gate_up_proj = Fused(mlp.gate_proj, mlp.up_proj)
+        mlp.down_proj = Fused(mlp.down_proj)
         del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
-    module.requires_grad_(False)
-    for matrix in module.parameters():
-        if matrix.dim() == 2:
-            matrix.data = matrix.data.t().contiguous().t()          # same shape, other memory order
 
 
 class Decoder(nn.Module):
@@ -386,6 +417,7 @@ class Transformer(nn.Module):
         # A plain attribute and not a buffer: `.to(bfloat16)` would round it, and long positions
         # with it
         self.frequencies = rope_frequencies(config)                         # (D/2,) fp32
+        self.packed_output = None                                           # see `fuse`
 
     @property
     def output_matrix(self):
@@ -409,8 +441,8 @@ class Transformer(nn.Module):
                     *not* advance
         at          index into (B, T), such as a pair of LongTensors: logits only there.
                     Vocabularies are large; most positions' logits are never looked at
-        head        False: the final hidden states instead, which `output_matrix` turns into logits:
-                    for who wants logits in portions
+        head        False: the final hidden states instead, which `logits` turns into logits: for
+                    who wants them in portions, or both
         returns     (B, T, V), or (*at, V) with `at`; C in place of V without `head`
         """
         # --- tokens in, and through the layers
@@ -420,12 +452,20 @@ class Transformer(nn.Module):
 
         # --- logits out, where they are wanted
         x = self.model.norm(x if at is None else x[at])                     # (B, T, C) or (*at, C)
-        return F.linear(x, self.output_matrix) if head else x               # V in place of C
+        return self.logits(x) if head else x                                # V in place of C
 
     def fuse(self):
         """See the function `fuse`. In place; returns the model."""
-        fuse(self, self.model.layers)
+        fuse(self.model.layers)
+        self.requires_grad_(False)
+        matrix = self.output_matrix
+        matrix.data = input_major(matrix.data)
+        self.packed_output = pack(matrix.data)
         return self
+
+    def logits(self, hidden):
+        """Hidden states (..., C) -> logits (..., V)."""
+        return fast_linear(hidden, self.output_matrix, self.packed_output)
 
     @classmethod
     def from_scratch(cls, folder, seed=0, device="cpu"):

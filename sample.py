@@ -57,7 +57,7 @@ from model import KVCache, Transformer
 def most_likely(logits):
     """Each slot's most likely token and its probability: (..., V) -> (...) long and (...) fp32."""
     top, token = logits.max(dim=-1)
-    return token, (top - logits.logsumexp(dim=-1)).exp()
+    return token, 1 / (logits - top[..., None]).exp().sum(dim=-1)       # faster than by logsumexp
 
 
 def draw(logits, temperature, top_k, top_p, generator):

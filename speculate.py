@@ -148,7 +148,7 @@ def speculate(model, tokenizer, prompts, k, threshold=None, narrow=False, max_ne
         hidden = model(ids, positions, mask, cache, head=False)                         # (B, T, C)
         row = torch.arange(len(ids), device=device)[:, None]
         places = torch.cat((read, W + torch.arange(n_masks, device=device).expand(len(ids), -1)), 1)
-        logits = F.linear(hidden[row, places], model.output_matrix).float()
+        logits = model.logits(hidden[row, places]).float()
         logits[..., never] = -torch.inf                                 # (B, D + 1 + R(k-1), V)
         predicted, confidence = choose(logits[:, :D + 1])                               # (B, D + 1)
 

@@ -380,12 +380,18 @@ def test_mask_tokens_behind_the_text_change_nothing(model):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_fused_model_computes_the_same_and_is_not_saved(family, tmp_path):
-    """Biases (qwen2) and per-head norms (qwen3) included, in another order in memory."""
+    """Biases (qwen2) and per-head norms (qwen3) included, in other orders in memory: for a row or
+    two, for a few, and for many."""
     tiny_model(tmp_path, tiny_config(family))
-    model, ids = Transformer.from_pretrained(tmp_path), random_ids(2, 12)
-    expected = full_logits(model, ids)
+    model, widths = Transformer.from_pretrained(tmp_path), (1, 2, 3, 12, 32, 33)
+    texts = [random_ids(2, width) for width in widths] + [random_ids(1, width) for width in widths]
+    expected = [full_logits(model, ids) for ids in texts]
     fused = model.fuse()
-    close(full_logits(fused, ids), expected)
+    assert fused.packed_output is not None and fused.model.layers[0].mlp.down_proj.packed is not None
+    for ids, logits in zip(texts, expected):
+        close(full_logits(fused, ids), logits)
+    half = Transformer.from_pretrained(tmp_path, torch.bfloat16).fuse()         # packed is fp32 only
+    assert half.packed_output is None and half.model.layers[0].mlp.down_proj.packed is None
     names = {name for name, _ in fused.named_parameters()}
     assert "model.layers.0.self_attn.qkv_proj.weight" in names
     assert "model.layers.0.self_attn.q_proj.weight" not in names

@@ -137,14 +137,18 @@ def rows_in(text, first_cell):
 
 def test_the_readmes_table_is_the_logs():
     """Accuracy and tokens per forward on 1,000 problems, speed-up at batch 1."""
-    many, single = table_of("tiny-k8"), table_of("tiny-k8/batch1")
+    heads = {"lossless 5 heads"}
+    many, single = (
+        table_of(f"tiny-k8{run}") | {name: table_of(f"tiny-heads4{run}")[name] for name in heads}
+        for run in ("", "/batch1"))
     lines = [line for line in README.splitlines()
              if re.match(r"\| (start|k = 1|static|adaptive|lossless)\b", line)]
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         name, *cells = [cell.strip() for cell in line.strip()[1:-1].split("|")]
         strategy = {"k = 1": "static 1", "start model, k = 1": "start, k = 1",
-                    "lossless, narrow": "lossless 8 narrow"}.get(name, name)
+                    "lossless, narrow": "lossless 8 narrow",
+                    "start model, 4 heads": "lossless 5 heads"}.get(name, name)
         entry = many[strategy]
         assert cells == [
             f"{100 * entry['accuracy']:.1f} +- {100 * entry['stderr']:.1f}",
@@ -175,7 +179,8 @@ def test_what_the_readme_says_a_threshold_costs():
     assert sentence.format(training, *costs) in " ".join(README.split())
 
 
-@pytest.mark.parametrize("run", ["tiny-k8", "tiny-k8/batch1", "tiny-k3"])
+@pytest.mark.parametrize("run", ["tiny-k8", "tiny-k8/batch1", "tiny-k3", "tiny-heads4", "tiny-heads4/batch1",
+                                 "tiny-loop8", "tiny-loop8/batch1"])
 def test_the_docs_tables_of_the_tiny_model_are_the_logs(run):
     """Every line, as eval_gsm8k.py makes it from its own table.json."""
     lines = eval_gsm8k.markdown(list(table_of(run).values())).splitlines()
