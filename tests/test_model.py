@@ -387,10 +387,11 @@ def test_fused_model_computes_the_same_and_is_not_saved(family, tmp_path):
     texts = [random_ids(2, width) for width in widths] + [random_ids(1, width) for width in widths]
     expected = [full_logits(model, ids) for ids in texts]
     fused = model.fuse()
-    assert fused.packed_output is not None and fused.model.layers[0].mlp.down_proj.packed is not None
+    assert fused.packed_output is not None
+    assert fused.model.layers[0].mlp.down_proj.packed is not None
     for ids, logits in zip(texts, expected):
         close(full_logits(fused, ids), logits)
-    half = Transformer.from_pretrained(tmp_path, torch.bfloat16).fuse()         # packed is fp32 only
+    half = Transformer.from_pretrained(tmp_path, torch.bfloat16).fuse()     # only fp32 is packed
     assert half.packed_output is None and half.model.layers[0].mlp.down_proj.packed is None
     names = {name for name, _ in fused.named_parameters()}
     assert "model.layers.0.self_attn.qkv_proj.weight" in names
