@@ -285,6 +285,9 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)                    # (B, T, C)
 
 
+PACK_FROM = 2 ** 18         # elements; smaller matrices lie in the processor's cache as they are
+
+
 class Fused(nn.Module):
     """Linear layers of one input as one matrix product, for decoding; see `fuse`."""
 
@@ -311,13 +314,13 @@ def input_major(matrix):
 
 
 def pack(matrix):
-    """A matrix in the memory order of oneDNN, PyTorch's CPU library; None where it has none.
+    """A matrix in the memory order of oneDNN, PyTorch's CPU library; None where that is no help.
 
     torch.compile's ops for frozen weights: not documented, hence the pinned version of torch.
     """
     if matrix.device.type != "cpu" or matrix.dtype != torch.float32:
         return None
-    if not torch.backends.mkldnn.is_available():
+    if matrix.numel() < PACK_FROM or not torch.backends.mkldnn.is_available():
         return None
     return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), 4)
 
@@ -325,13 +328,15 @@ def pack(matrix):
 def fast_linear(x, matrix, packed, bias=None):
     """F.linear(x, matrix, bias), for few rows of x by the packed matrix, if there is one.
 
-    Left to itself PyTorch copies the matrix anew for every product of several rows. One or two rows
-    are faster without.
+    Left to itself PyTorch packs the matrix anew for every product of several rows. Fewer than four
+    are filled up: products of four are the fastest there are.
     """
     rows = x.numel() // x.shape[-1]
-    if packed is None or not 3 <= rows <= 64:
+    if packed is None or rows > 64:
         return F.linear(x, matrix, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    full = F.pad(x.reshape(rows, -1), (0, 0, 0, max(0, 4 - rows)))          # (4 or rows, C)
+    y = torch.ops.mkldnn._linear_pointwise(full, packed, bias, "none", [], "")
+    return y[:rows].view(*x.shape[:-1], -1)
 
 
 class Block(nn.Module):

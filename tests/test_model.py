@@ -2,6 +2,7 @@
 The transformer against transformers: the same numbers from the same folder, through every way of
 calling it.
 """
+import copy
 import json
 import random
 
@@ -10,6 +11,7 @@ import torch
 from conftest import TINY_VOCAB, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
+import model as nanomtp_model
 from common.cli import InputError
 from common.tokenizer import Tokenizer
 from model import (
@@ -379,13 +381,15 @@ def test_mask_tokens_behind_the_text_change_nothing(model):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_fused_model_computes_the_same_and_is_not_saved(family, tmp_path):
+def test_fused_model_computes_the_same_and_is_not_saved(family, tmp_path, monkeypatch):
     """Biases (qwen2) and per-head norms (qwen3) included, in other orders in memory: for a row or
     two, for a few, and for many."""
     tiny_model(tmp_path, tiny_config(family))
     model, widths = Transformer.from_pretrained(tmp_path), (1, 2, 3, 12, 32, 33)
     texts = [random_ids(2, width) for width in widths] + [random_ids(1, width) for width in widths]
     expected = [full_logits(model, ids) for ids in texts]
+    assert copy.deepcopy(model).fuse().packed_output is None                # too small
+    monkeypatch.setattr(nanomtp_model, "PACK_FROM", 0)
     fused = model.fuse()
     assert fused.packed_output is not None
     assert fused.model.layers[0].mlp.down_proj.packed is not None

@@ -179,8 +179,9 @@ def test_what_the_readme_says_a_threshold_costs():
     assert sentence.format(training, *costs) in " ".join(README.split())
 
 
-@pytest.mark.parametrize("run", ["tiny-k8", "tiny-k8/batch1", "tiny-k3", "tiny-heads4", "tiny-heads4/batch1",
-                                 "tiny-loop8", "tiny-loop8/batch1"])
+@pytest.mark.parametrize("run", [
+    "tiny-k8", "tiny-k8/batch1", "tiny-k3", "tiny-heads4", "tiny-heads4/batch1", "tiny-loop8",
+    "tiny-loop8/batch1"])
 def test_the_docs_tables_of_the_tiny_model_are_the_logs(run):
     """Every line, as eval_gsm8k.py makes it from its own table.json."""
     lines = eval_gsm8k.markdown(list(table_of(run).values())).splitlines()
