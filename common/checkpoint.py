@@ -99,7 +99,7 @@ def load_trainer(out, args):
     if "rng" not in state:
         raise InputError(f"{out}/latest was written by an older train.py, which kept less: start "
                          "anew with another --out")
-    for name, was in state["args"].items():
+    for name, was in ({"heads": None} | state["args"]).items():     # older runs knew no heads
         now = getattr(args, name, was)
         if name not in MAY_CHANGE and now != was:
             raise InputError(f"{out} was trained with --{name.replace('_', '-')} {was}, not {now}: "
