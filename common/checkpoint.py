@@ -102,8 +102,10 @@ def load_trainer(out, args):
     for name, was in ({"heads": None} | state["args"]).items():     # older runs knew no heads
         now = getattr(args, name, was)
         if name not in MAY_CHANGE and now != was:
-            raise InputError(f"{out} was trained with --{name.replace('_', '-')} {was}, not {now}: "
-                             "resume with the same settings, or start anew with another --out")
+            flag = f"--{name.replace('_', '-')}"
+            had = f"without {flag}" if was is None else f"with {flag} {was}, not {now}"
+            raise InputError(f"{out} was trained {had}: resume with the same settings, or start "
+                             "anew with another --out")
     return state
 
 

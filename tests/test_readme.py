@@ -209,6 +209,13 @@ def test_the_docs_tables_of_the_tiny_model_are_the_logs(run):
     assert len(lines) >= 5 and all(line in DOCS for line in lines)
 
 
+@pytest.mark.parametrize("run", ["cascade-tiny", "cascade-smollm2"])
+def test_the_claims_about_heads_are_those_of_the_runs(run):
+    text = (RESULTS / run / "table.md").read_text()
+    lines = [line for line in text.splitlines() if re.match(r"\||- \*\*", line)]
+    assert len(lines) > 6 and all(line in " ".join(DOCS.split()) or line in DOCS for line in lines)
+
+
 def test_the_ablations_are_those_of_the_runs():
     """The table, as studies.ablate makes it from every run's own table."""
     runs = json.loads((RESULTS / "ablation" / "table.json").read_text())["runs"]
