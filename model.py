@@ -384,10 +384,10 @@ def fuse(blocks):
     every matrix stored as products of few rows are fast with.
 
     A pass over a few tokens waits for memory and for one kernel after another: fewer, larger
-    products are faster. CPU libraries are faster with matrices stored input-major (x @ W, not
-    x @ W.T) for a row or two, and for a few more in an order of their own, which costs a second
-    copy of the weights. The numbers stay the same up to rounding. What is fused can no longer be
-    trained or saved: modules have lost the checkpoint's names.
+    products are faster. On a CPU large matrices are also kept packed (`pack`), a second copy of
+    the weights, for passes of up to 64 rows; the others are stored input-major (x @ W, not
+    x @ W.T), which is faster for a row or two. The numbers stay the same up to rounding. What is
+    fused can no longer be trained or saved: modules have lost the checkpoint's names.
     """
     for block in blocks:
         attention, mlp = block.self_attn, block.mlp
