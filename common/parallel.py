@@ -78,8 +78,14 @@ def any_rank(flag, device):
 
 
 def leave():
-    """The end of a run: without it torch complains."""
+    """The end of a run: without it torch complains.
+
+    The barrier gives gloo's threads time to let go of the last tensors that they have summed. They
+    need Python's lock for that, and torch 2.13 holds it when it ends them: without the barrier one
+    run in ten waits for itself forever.
+    """
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
