@@ -24,16 +24,18 @@ import statistics
 from dataclasses import asdict
 from typing import NamedTuple
 
-import torch
-from tqdm import tqdm
+from common import cli              # before torch: Ctrl-C while that is loading ends quietly
 
-from common import cli, parallel
+import torch
+
+from common import parallel
 from common.answers import Answer, check_prompts
 from common.cli import SWITCH, ArgumentParser, InputError
-from common.data import load_questions
+from common.data import is_same_file, load_questions
 from common.files import read_json, write_json, write_text
 from common.hub import default_model, resolve
 from common.machine import machine, pick_device, pick_dtype
+from common.progress import Progress
 from common.records import fingerprint, open_rows, read_rows
 from common.report import shared_text, speeds
 from common.scoring import (
@@ -166,9 +168,11 @@ def summarise(rows):
 
 def markdown(table):
     """The table for people. Accuracy in percent +- standard error; its difference from k = 1 +- its
-    95% interval, paired; speed-up: time of k = 1 / own time, in turns within each batch."""
-    lines = ["| decoding | accuracy | vs k = 1 | tokens per forward | tokens/s (decoding) "
-             "| speed-up | cut off | same text | before first difference | loss under start |",
+    95% interval, paired; tokens/s: of what is written, in brackets without the prompt's pass;
+    speed-up: time of k = 1 / own time, in turns within each batch."""
+    lines = ["| decoding | accuracy | vs k = 1 | tokens per forward "
+             "| new tokens/s (after the prompt) | speed-up | cut off | same text "
+             "| before first difference | loss under start |",
              "|" + "---|" * 10]
     for e in table:
         difference = identical = shared = loss = ""
@@ -260,6 +264,9 @@ def main():
     if args.data is None:
         on_problems = trained.get("data") == "wordproblems" or resolve(name) == resolve("tiny")
         args.data = "wordproblems" if on_problems else "gsm8k"
+    if is_same_file(args.data, trained.get("data")):
+        print(f"note: {name} was trained on this very file, all but a few held-out rows: what "
+              "follows says little about questions that it has not seen")
     questions, examples = load_questions(args.data, args.limit, args.shots, args.seed)
     model, tokenizer, trained, heads = load(name, device, dtype)
     if heads and args.narrow:
@@ -305,8 +312,8 @@ def main():
     firsts = range(0, len(prompts), args.batch_size)
     mine = sum(len(prompts[first:first + args.batch_size]) for first in firsts[rank::world])
     total = mine * len(contenders)
-    with file, tqdm(total=total, unit="answer", dynamic_ncols=True, disable=rank > 0) as bar:
-        for first in firsts[rank::world]:
+    with file, Progress(total=total, unit="answer", disable=rank > 0) as bar:
+        for number, first in enumerate(firsts[rank::world], 1):
             batch = slice(first, first + args.batch_size)
             for contender in contenders:
                 rows = done.get((contender.name, first))
@@ -317,8 +324,8 @@ def main():
                 hits = statistics.fmean(row["correct"] for row in rows)
                 rate = statistics.fmean(as_answer(row).tokens_per_forward for row in rows)
                 bar.update(len(rows))
-                bar.set_postfix_str(
-                    f"{contender.name}: {hits:.0%} right, {rate:.2f} tokens per forward")
+                bar.say(f"{contender.name}: {hits:.0%} right, {rate:.2f} tokens per forward")
+            bar.lap(left=len(firsts[rank::world]) - number)
 
     # --- the table, once all rows are on disk
     parallel.wait()
@@ -339,4 +346,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, resumes=True)

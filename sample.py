@@ -4,6 +4,8 @@ Decoding: several tokens per forward pass, a fixed or a confidence-adaptive numb
     python sample.py --threshold 0.9                            # an unseen word problem, in chunks
     python sample.py --k 3 --compare                            # static k = 3, and k = 1 beside it
     python sample.py --lossless --compare                       # fewer passes, the text of k = 1
+    python sample.py "Ava walks 7 km every day. How many km is that in 9 days?"
+    python sample.py --model smollm2-135m "Why is the sky blue?"    # a model that knows more
     python sample.py --model out --data questions.jsonl         # many questions, in batches
 
 The model was taught (train.py) to predict the next token at the last real token, as ever, and the
@@ -38,9 +40,10 @@ import functools
 import math
 from typing import NamedTuple
 
+from common import cli              # before torch: Ctrl-C while that is loading ends quietly
+
 import torch
 
-from common import cli
 from common.answers import Answers, check_prompts
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.data import read_questions
@@ -48,6 +51,7 @@ from common.hub import default_model, resolve
 from common.machine import pick_device, pick_dtype
 from common.report import ChunkPrinter, chunks_of, shared_text, summary
 from common.tokenizer import Tokenizer
+from common.wordproblems import STRUCTURES
 from heads import load_heads
 from model import KVCache, Transformer
 
@@ -209,6 +213,8 @@ class Strategy(NamedTuple):
             form = "" if self.lossless == "wide" else f" {self.lossless}"
             limit = f" at {self.threshold:g}" if self.threshold is not None else ""
             return f"lossless {self.k}{form}{limit}"
+        if self.k == 1:
+            return "k = 1"
         return f"static {self.k}" if self.threshold is None else f"adaptive {self.threshold:g}"
 
 
@@ -279,22 +285,23 @@ def get_args():
     return args
 
 
-def answer_all(decode, questions, prompts, tokenizer, batch_size):
+def answer_all(decode, questions, prompts, tokenizer, batch_size, boxed):
     """Decode and print all questions, a single one as it comes. Returns their Answers.
 
     decode   (prompts of a batch, on_chunk) -> their Answers
+    boxed    show which tokens came together
     """
     batches = []
     for first in range(0, len(prompts), batch_size):
         batch = slice(first, first + batch_size)
-        printer = ChunkPrinter(tokenizer) if len(prompts) == 1 else None
+        printer = ChunkPrinter(tokenizer, boxed=boxed) if len(prompts) == 1 else None
         if printer:
             print(f"\n{questions[0]}\n")
         results = decode(prompts[batch], printer and (lambda row, new: printer(new)))
         for question, result in zip(questions[batch], results):
             if not printer:
                 print(f"\n{question}\n")
-                each = ChunkPrinter(tokenizer)
+                each = ChunkPrinter(tokenizer, boxed=boxed)
                 for chunk in chunks_of(result):
                     each(chunk)
             print()
@@ -307,11 +314,17 @@ def main():
     from speculate import decode        # here, since it imports this file
 
     args = get_args()
-    questions = read_questions(args.prompt, args.data, args.seed)[:args.limit]
+    questions = read_questions(args.prompt, args.data, args.seed, example=7)[:args.limit]
     device = pick_device(args.device)
     name = args.model or default_model()
     model, tokenizer, trained, heads = load(name, device, pick_dtype(args.dtype, device))
     print(f"{name}, k_max {trained.get('k_max', 1)}")
+    if not args.prompt and not args.data:
+        print(f"an unseen word problem (another one: --seed {args.seed + 1})")
+    elif trained.get("data") == "wordproblems" or resolve(name) == resolve("tiny"):
+        print(f"note: this model knows {len(STRUCTURES)} kinds of word problems (python -m "
+              "common.data shows some) and answers all else with nonsense; --model smollm2-135m "
+              "knows more")
     if not trained:
         print("note: this model has not been trained for several tokens per pass, so each pass "
               "emits one (train.py)")
@@ -341,7 +354,7 @@ def main():
         return answer_all(
             lambda some, on_chunk: decode(
                 model, tokenizer, some, strategy, heads, **ending, **more, on_chunk=on_chunk),
-            questions, prompts, tokenizer, args.batch_size)
+            questions, prompts, tokenizer, args.batch_size, boxed=strategy.k > 1)
 
     ours = show(strategy, **sampling)
     if args.compare:

@@ -28,19 +28,21 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from tqdm import tqdm
+from common import cli              # before torch: Ctrl-C while that is loading ends quietly
 
-from common import cli, parallel
+import torch
+
+from common import parallel
 from common.checkpoint import Log, find_run, load_trainer, restore, save_checkpoint
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.data import draw_rows, encode_rows, load_data
 from common.files import read_json
 from common.hub import DEFAULT_MODEL, resolve
 from common.machine import (
-    DTYPES, StopSignal, dtype_name, keep_freed_memory, machine, peak_memory, pick_device,
+    DTYPES, StopSignal, cores, dtype_name, keep_freed_memory, machine, peak_memory, pick_device,
     pick_dtype)
-from common.report import acceptance_by_position, chunks_of, printable, shared_text
+from common.progress import Progress
+from common.report import acceptance_by_position, boxes, shared_text
 from common.scoring import extract_flexible, gold_of, is_right
 from common.tokenizer import Tokenizer
 from heads import Backbone, Heads, head_loss, load_heads, make_head_batch, save_heads
@@ -98,7 +100,8 @@ def get_args():
     group = parser.add_argument_group("multi-token prediction: one of two methods")
     add = group.add_mutually_exclusive_group().add_argument
     add("--k", type=int, default=8,
-        help="mask tokens (mtp.py): k_max, most tokens per pass (%(default)s)")
+        help="mask tokens (mtp.py): k_max, the most tokens that a pass will ever write; sample.py "
+        "--k says how many of them it does write (%(default)s)")
     add("--heads", type=int, metavar="K",
         help="K heads (heads.py) on the model as it is, which is frozen: its text stays the same")
 
@@ -157,7 +160,8 @@ def get_args():
     add = parser.add_argument_group("evaluation, logs, machine").add_argument
     add("--eval-every", type=int, default=100,
         help="steps between evaluations on held-out prompts (%(default)s; 0: none)")
-    add("--eval-prompts", type=int, default=32, help="how many of them (%(default)s)")
+    add("--eval-prompts", type=int, default=32,
+        help="how many of them, of a file a fifth at most (%(default)s; 0: train on all rows)")
     add("--max-new-tokens", type=int, default=96, help="for each of them (%(default)s)")
     add("--log-every", type=int, default=1,
         help="log.jsonl gets a row about every N-th step (%(default)s)")
@@ -173,7 +177,7 @@ def get_args():
     args = parser.parse_args()                              # once more: flags win over the preset
 
     cli.at_least(args, k=1, stride=1, batch_size=1, micro_batch_size=1, seq_len=8, steps=1, limit=1,
-                 log_every=1, save_every=1, eval_prompts=1, max_new_tokens=1, warmup=0, cooldown=0,
+                 log_every=1, save_every=1, eval_prompts=0, max_new_tokens=1, warmup=0, cooldown=0,
                  curriculum=0, eval_every=0, weight_decay=0, prefix_loss=0, slot1_weight=0, clip=0,
                  lr=0, minutes=0, heads=1, kl_weight=0, kl_top=1, draft_vocab=0, keep_gb=0)
     for name in ("lr", "weight_decay", "prefix_loss", "slot1_weight", "clip", "kl_weight"):
@@ -187,6 +191,8 @@ def get_args():
         raise InputError("--k must be at least 2: with k = 1 there is nothing to distil (ordinary "
                          "next-token training is --k 1 --targets ground-truth)")
     check_method(args, parser)
+    if args.eval_prompts == 0:
+        args.eval_every = 0
     if args.fsdp and parallel.rank_and_world()[1] == 1:
         raise InputError("--fsdp spreads a model over several processes: "
                          "torchrun --nproc_per_node=4 train.py --fsdp ...")
@@ -399,8 +405,7 @@ def evaluate(student, teacher, tokenizer, rows, args):
                                                       [a.tokens for a in plain])
     rates = [result.tokens_per_forward for result in chunked]
     report["tokens_per_forward"] = sum(rates) / len(rates)
-    report["sample"] = "".join(f"[{len(chunk)}|{tokenizer.decode(chunk)}]"
-                               for chunk in chunks_of(chunked[0]))
+    report["sample"] = boxes(tokenizer, chunked[0])
     return report
 
 
@@ -411,11 +416,11 @@ def in_words(step, report):
     if "accuracy" in report:
         line += (f"; at threshold 0.9 {report['accuracy']:.0%}, {report['tokens_per_forward']:.2f} "
                  f"tokens per forward and {report['agreement_with_k1']:.0%} of the text as with "
-                 f"k = 1\n{printable(report['sample'])}")
+                 f"k = 1\n{report['sample']}")
     if "acceptance" in report:
         stood = ", ".join(f"{share:.0%}" for share in report["acceptance"])
         line += (f"; the same text at {report['tokens_per_forward']:.2f} tokens per forward; draft "
-                 f"1, 2, ... stood in {stood}\n{printable(report['sample'])}")
+                 f"1, 2, ... stood in {stood}\n{report['sample']}")
     return line + "\n"
 
 
@@ -542,6 +547,7 @@ def main():
     train, held_out = load_data(args.data, args.eval_prompts, args.seed)
     if args.limit:
         train = [train[i] for i in range(min(args.limit, len(train)))]
+    print(f"{args.data}: {len(train):,} rows to train on, {len(held_out)} questions held out")
     check_lengths(train, tokenizer, start, args)
 
     # --- student, frozen teacher, optimiser
@@ -566,16 +572,18 @@ def main():
 
     # --- the loop, until Ctrl-C or the time is up; all ranks stop after the same step
     first, stop = step, StopSignal(args.minutes)
-    bar = tqdm(total=args.steps, initial=step, unit="step", dynamic_ncols=True, disable=rank > 0)
+    bar = Progress(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while True:
         if args.eval_every and step % args.eval_every == 0 and (step > first or step == 0):
-            report = evaluate(student, teacher, tokenizer, held_out, args)
-            tqdm.write(in_words(step, report))
+            with bar.aside(args.eval_every):
+                report = evaluate(student, teacher, tokenizer, held_out, args)
+            bar.write(in_words(step, report))
             log.record("eval", step, minutes=stop.minutes, **report)
         if step > first and step % args.save_every == 0:
             saved = save_checkpoint(out, step, save, student, optimizer, tokenizer, args)
         if step == args.steps or parallel.any_rank(stop.asked, device):
             break
+        cores.look()                                        # fewer threads beside other programs
         try:
             done = training_step(step, wrapped, teacher, optimizer, train, tokenizer, args)
         except FloatingPointError as error:
@@ -584,9 +592,10 @@ def main():
                      f"{saved or 'none'} (try a lower --lr)")
         step += 1
         if step == first + 1:
-            tqdm.write(arithmetic(step, done, args))
+            bar.write(arithmetic(step, done, args))
         bar.update()
-        bar.set_postfix_str(progress(done))
+        bar.lap(left=args.steps - step)
+        bar.say(progress(done))
         if step % args.log_every == 0:
             log.record("train", step, minutes=stop.minutes, **done._asdict())
     bar.close()
@@ -596,11 +605,14 @@ def main():
         saved = save_checkpoint(out, step, save, student, optimizer, tokenizer, args)
     log.record("end", step, minutes=stop.minutes, interrupted=stop.interrupted,
                peak_memory_gb=peak_memory(device))
-    print(f"{step} steps; the newest checkpoint is {saved} (python sample.py --model {out})")
+    print(f"{step} of {args.steps} steps; the newest checkpoint is {saved} "
+          f"(python sample.py --model {out})")
+    if step < args.steps:
+        print("to go on: the same command with --resume")
     parallel.leave()
     if stop.interrupted:
         sys.exit(130)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, resumes=True)

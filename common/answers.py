@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, field
 
 from common.cli import InputError
+from common.machine import cores
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Answers:
         self.longest = max((len(p) + n for p, n in zip(prompts, self.limits)), default=0)
         self.results = [Answer() for _ in prompts]
         self.active = list(range(len(prompts)))
+        cores.look(wait=0.2)
         self.start = time.perf_counter()
 
     def add(self, chunks, confidences):
@@ -91,6 +93,7 @@ class Answers:
             if self.on_chunk:
                 self.on_chunk(row, new)
         self.active = [self.active[place] for place in going]
+        cores.look()
         return going
 
     def cut(self, row, new):

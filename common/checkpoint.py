@@ -30,6 +30,10 @@ def find_run(out, resume):
     if there and not resume:
         raise InputError(f"{out} already holds {there[-1]}: add --resume to go on, or choose "
                          "another --out")
+    if not there and not resume and (out / "log.jsonl").exists():
+        raise InputError(f"{out} has the log of a run that has saved nothing: it is still running, "
+                         "or was stopped before its first checkpoint. Choose another --out, or add "
+                         "--resume to start it anew")
     if resume and not (out / "latest").exists():
         print(f"nothing to resume in {out}: starting anew")
     return resume and (out / "latest").exists()

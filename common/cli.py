@@ -11,6 +11,7 @@ stderr, exit code 2. Anything else is a bug and keeps its traceback.
 """
 import argparse
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -35,21 +36,38 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-def run(main):
-    """Call `main()`. An InputError becomes one line on stderr and exit code 2; Ctrl-C is 130."""
+def run(main, resumes=False):
+    """Call `main()`. An InputError becomes one line on stderr and exit code 2; Ctrl-C is 130.
+
+    resumes   the script has --resume, and says so when it is interrupted
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:           # see common/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except InputError as error:
+        end_bars()
         if os.environ.get("RANK", "0") == "0":
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         else:
             time.sleep(3)           # torchrun's other ranks: the first to end has all others killed
         sys.exit(2)
     except KeyboardInterrupt:
+        end_bars()
+        if resumes and os.environ.get("RANK", "0") == "0":
+            print("stopped; what was saved is kept: go on by the same command with --resume",
+                  file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:         # the reader of our output has left: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def end_bars():
+    """End the line of every progress bar, so that what follows starts on one of its own."""
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -69,8 +87,9 @@ def add_model_flag(add):
 
 def add_strategy_flags(add):
     """--k and --threshold of the scripts that decode in one way; see `sample.choose_strategy`."""
-    add("--k", type=int, help="most tokens per pass; alone: static k, all of them kept; "
-        "1: one token at a time")
+    add("--k", type=int, help="tokens per pass; alone: static k, all of them kept; with "
+        "--threshold: at most so many; 1: one at a time (train.py --k is the most that a "
+        "checkpoint can)")
     add("--threshold", type=float, help="adaptive: keep tokens while their confidence is above "
         "this, at most --k or the checkpoint's k_max (0.9 where --k is not given)")
 

@@ -25,6 +25,7 @@ import re
 from pathlib import Path
 
 from common.cli import ArgumentParser, InputError, at_least, run
+from common.hub import offline_where_out_of_reach
 from common.wordproblems import WordProblems
 
 FIELDS = (("question", "answer"), ("prompt", "response"), ("query", "response"))
@@ -81,8 +82,16 @@ def read_jsonl(path):
     return rows
 
 
+def is_same_file(name, other):
+    """Do two --data values (either may be None) name the same JSONL file?"""
+    names = (name, other)
+    return (all(one is not None and Path(one).suffix in JSON_LINES for one in names)
+            and Path(name).resolve() == Path(other).resolve())
+
+
 def read_hub(repository, *config, split="train"):
     """All rows of one split of a hub data set, cleaned. InputError if the hub is out of reach."""
+    offline_where_out_of_reach()
     from datasets import load_dataset               # slow to import, and seldom needed
 
     try:
@@ -97,7 +106,7 @@ def read_hub(repository, *config, split="train"):
 # Rows to train on, and others held out
 
 def split_rows(rows, held_out, seed):
-    """(train rows, `held_out` held-out rows), no group on both sides.
+    """(train rows, `held_out` held-out rows, but a fifth of all at most), no group on both sides.
 
     Of a held-out group one row is asked, its first. The choice depends on the seed alone.
     """
@@ -106,17 +115,18 @@ def split_rows(rows, held_out, seed):
         first_of.setdefault(row["group"], row)
     groups = sorted(first_of)                       # not in the order of the rows
     random.Random(f"held-out/{seed}").shuffle(groups)
-    chosen = groups[:held_out]
-    if len(chosen) == len(groups):
-        raise InputError(f"{len(groups)} different questions cannot spare {held_out} held-out "
-                         "prompts: add rows")
+    if held_out and len(groups) == 1:
+        raise InputError("a single question cannot be trained on and held out: add rows, or "
+                         "--eval-prompts 0 to train without evaluation")
+    chosen = groups[:min(held_out, max(1, len(groups) // 5))]
     kept_back = set(chosen)
     train = [row for row in rows if row["group"] not in kept_back]
     return train, [first_of[group] for group in chosen]
 
 
 def load_data(name, held_out, seed):
-    """(train, held-out) for `--data NAME`: two sequences of rows, the second of length `held_out`.
+    """(train, held-out) for `--data NAME`: two sequences of rows, the second of length `held_out`,
+    of a file a fifth at most.
 
     Raises InputError for an unknown name, a malformed row, or a hub that cannot be reached.
     """
@@ -164,8 +174,11 @@ def load_questions(name, limit, shots, seed):
     return rows[:limit], examples
 
 
-def read_questions(typed, path, seed):
-    """Questions, a list of str: the typed ones, then the file's, else one unseen word problem."""
+def read_questions(typed, path, seed, example):
+    """Questions, a list of str: the typed ones, then the file's, else one unseen word problem.
+
+    example   its number: sample.py shows another one than the viewer, and training shows neither
+    """
     questions = list(typed)
     if path and Path(path).suffix in JSON_LINES:
         questions += [row["question"] for row in read_jsonl(path)]
@@ -176,7 +189,8 @@ def read_questions(typed, path, seed):
             raise InputError(f"cannot read {path}: {error}") from None
         questions += [line for line in lines if line.strip()]
     elif not questions:
-        questions = [WordProblems(seed, split="validation")[0]["question"]]
+        problems = WordProblems(seed, split="validation")       # training shows the first ones
+        questions = [problems[len(problems) // 2 + example]["question"]]
     if not questions:
         raise InputError(f"{path} holds no questions")
     return questions
@@ -228,7 +242,7 @@ def main():
     add("--seed", type=int, default=0, help="(%(default)s)")
     args = parser.parse_args()
     at_least(args, limit=1)
-    train, _ = load_data(args.data, held_out=1, seed=args.seed)
+    train, _ = load_data(args.data, held_out=0, seed=args.seed)
     for i in range(min(args.limit, len(train))):
         print(f"--- {i}\n{train[i]['question']}\n\n{train[i]['answer']}\n")
 

@@ -23,6 +23,8 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -236,8 +238,23 @@ def default_model():
     return "out/latest" if Path("out/latest").is_dir() else "tiny-mtp"
 
 
+def offline_where_out_of_reach(seconds=5):
+    """Ask the hub once. Where nothing answers, its libraries are told to look into their caches
+    alone: left to themselves they try again for half a minute. Call it before they are imported."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if "HF_HUB_OFFLINE" in os.environ:
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=seconds)
+    except urllib.error.HTTPError:                          # an answer is an answer
+        pass
+    except (OSError, ValueError):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def fetch_hub(name):
     """Snapshot of a hub repository, without pickles or code, in huggingface_hub's own cache."""
+    offline_where_out_of_reach()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 

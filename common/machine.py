@@ -7,6 +7,7 @@ Where a program computes, in what dtype, and what its log says about that.
     machine(device)                             # what the logs in results/ say of their machine
 """
 import ctypes
+import os
 import platform
 import resource
 import shlex
@@ -62,6 +63,54 @@ def pick_dtype(name, device):
 def dtype_name(dtype):
     """What --dtype calls a torch.dtype."""
     return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# Other programs on the same cores
+
+class Cores:
+    """Computes with as many threads as there are cores that no other program keeps busy.
+
+    The threads of a product wait for each other, some hundred times a pass. Where another program
+    holds one's core, all of them wait until the system gives it back: two threads beside one busy
+    program write a twentieth of what one thread does (results/busy). So decoding and training look
+    about once a second, and change the number of threads. Linux only; OMP_NUM_THREADS settles it.
+    """
+
+    def __init__(self):
+        self.settled = "OMP_NUM_THREADS" in os.environ or not Path("/proc/stat").exists()
+        self.most, self.free_looks, self.told = None, 0, False
+        self.began, self.idle, self.own = (0.0, 0.0, 0.0) if self.settled else self.clocks()
+
+    def clocks(self):
+        """Seconds on the clock, of idleness of all our cores, and of this process's work."""
+        ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        lines = map(str.split, Path("/proc/stat").read_text().splitlines())
+        ticks = sum(int(line[4]) + int(line[5])                 # idle, and waiting for the disk
+                    for line in lines if line and line[0] in ours)
+        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+    def look(self, wait=1.0):
+        """Change the number of threads if it should; does nothing within `wait` seconds."""
+        if self.settled or time.perf_counter() - self.began < wait:
+            return
+        now, idle, own = self.clocks()
+        free = (idle - self.idle + own - self.own) / (now - self.began)     # cores: idle, or ours
+        self.began, self.idle, self.own = now, idle, own
+        threads, self.most = torch.get_num_threads(), self.most or torch.get_num_threads()
+        fitting = max(1, min(self.most, int(free + 0.4)))
+        self.free_looks = self.free_looks + 1 if fitting > threads else 0
+        if fitting < threads or self.free_looks == 3:           # not at every pause of the others
+            torch.set_num_threads(fitting)
+            self.free_looks = 0
+        if fitting < threads and not self.told:
+            self.told = True
+            tqdm.write(f"note: other programs are busy on this machine, so this one computes with "
+                       f"{fitting} of {self.most} threads while they are; waiting for their cores "
+                       "would take longer", file=sys.stderr)
+
+
+cores = Cores()
 
 
 # --------------------------------------------------------------------------------------------------

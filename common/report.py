@@ -7,6 +7,7 @@ What a decoded answer looks like, and what it counts: chunks in colour, speed, a
 Nothing here decodes.
 """
 import codecs
+import io
 import itertools
 import os
 import re
@@ -19,7 +20,7 @@ from collections import Counter
 
 BACKGROUNDS = (153, 222, 157, 218, 189, 229)            # light ones of the 256-colour palette
 BLACK = 16                                              # the text on them
-SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+BADGE = "\x1b[48;5;238;38;5;231m"                        # white on grey: how many tokens follow
 RESET = "\x1b[0m"
 
 
@@ -34,28 +35,40 @@ def printable(text):
 class ChunkPrinter:
     """Writes chunks as they come, each a list of tokens.
 
-    On a terminal they are coloured, their length in superscript. Elsewhere, or under NO_COLOR, they
-    look like [3|three tokens here].
+    Each begins with the number of its tokens, on a terminal as a badge before a coloured text;
+    elsewhere, or under NO_COLOR, they look like [3|three tokens here]. Control tokens, such as the
+    one that ends an answer, are shown by name.
     """
 
-    def __init__(self, tokenizer, stream=None):
+
+    def __init__(self, tokenizer, stream=None, boxed=True):
+        """boxed   False: the text alone, which is more to read where every pass has one token"""
         self.tokenizer, self.stream, self.count = tokenizer, stream or sys.stdout, 0
+        self.boxed = boxed
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")    # characters span chunks
         self.colour = self.stream.isatty() and not os.environ.get("NO_COLOR")
 
     def __call__(self, tokens):
-        text = printable(self.utf8.decode(self.tokenizer.token_bytes(tokens)))
+        text = printable(self.utf8.decode(self.tokenizer.visible_bytes(tokens)))
         self.count += 1
-        if self.colour:
+        if self.boxed and self.colour:
             background = BACKGROUNDS[self.count % len(BACKGROUNDS)]
             paint = f"\x1b[48;5;{background};38;5;{BLACK}m"
             text = text.replace("\n", f"{RESET}\n{paint}")      # or it colours to the right margin
-            length = str(len(tokens)).translate(SUPERSCRIPTS)
-            text = f"{paint}{text}{length}{RESET}"
-        else:
+            text = f"{BADGE}{len(tokens)}{paint}{text}{RESET}"
+        elif self.boxed:
             text = f"[{len(tokens)}|{text}]"
         self.stream.write(text)
         self.stream.flush()
+
+
+def boxes(tokenizer, answer):
+    """An Answer as [3|three tokens here][2|two more], without colours: a str."""
+    text = io.StringIO()
+    printer = ChunkPrinter(tokenizer, text)
+    for chunk in chunks_of(answer):
+        printer(chunk)
+    return text.getvalue()
 
 
 def chunks_of(answer):
@@ -117,9 +130,9 @@ def summary(batches):
 
     # --- speed; where every answer took one pass, that of the prompt, there is no decoding
     whole, decode = speeds(batches)
-    speed = f"{whole:.1f} tokens/s, prompt pass included"
+    speed = f"{whole:.1f} new tokens/s, the prompt's pass included"
     if passes > len(answers):
-        speed += f"; {decode:.1f} tokens/s decoding only"
+        speed += f"; {decode:.1f} from the second pass on"
     lines.append(speed)
 
     # --- how often what happened

@@ -269,6 +269,10 @@ class Tokenizer:
         """UTF-8 bytes of `ids`; control tokens, and ids that no token uses, are silent."""
         return b"".join(self.by_id.get(i, b"") for i in ids if i not in self.hidden_ids)
 
+    def visible_bytes(self, ids):
+        """The same with control tokens by their names: what is shown of a pass."""
+        return b"".join(self.by_id.get(i, b"") for i in ids)
+
     def decode(self, ids):
         """Text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         return self.token_bytes(ids).decode("utf-8", errors="replace")

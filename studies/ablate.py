@@ -49,7 +49,7 @@ VARIANTS = {
 # in a short trial (k_max 4, one thread); in the runs of seed 1 it was 1.8 times, a tenth more time
 # for the run (results/ablation)
 SHARE_OF_STEPS = {"dense anchors": 1 / 1.6}
-STRATEGIES = ["static 1", "static 2", "static 3", "adaptive 0.99", "adaptive 0.9", "adaptive 0.8"]
+STRATEGIES = ["k = 1", "static 2", "static 3", "adaptive 0.99", "adaptive 0.9", "adaptive 0.8"]
 # Where a variant is not quite the paper's
 DEPARTURES = {
     "bidirectional": "the authors' anchor sees its region's mask tokens as well; ours stays causal "

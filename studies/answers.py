@@ -12,9 +12,8 @@ it will meet. (The paper trains on the data set's.)
 Of every 512 questions the shortest prompts come first, so that a batch pads little.
 """
 import json
+import math
 from pathlib import Path
-
-from tqdm import tqdm
 
 from common import cli
 from common.answers import check_prompts
@@ -23,6 +22,7 @@ from common.data import load_data
 from common.files import write_text
 from common.hub import DEFAULT_MODEL, resolve
 from common.machine import keep_freed_memory, pick_device, pick_dtype
+from common.progress import Progress
 from common.tokenizer import Tokenizer
 from model import Transformer
 from sample import generate
@@ -70,7 +70,7 @@ def main():
     cli.spare(out, args.resume)
 
     # --- questions and model
-    train, _ = load_data(args.data, 1, args.seed)
+    train, _ = load_data(args.data, 0, args.seed)
     questions = [train[i]["question"] for i in range(min(args.limit, len(train)))]
     device = pick_device(args.device)
     keep_freed_memory()
@@ -89,7 +89,7 @@ def main():
     lines = whole_lines(out, questions)
     write_text(out, "".join(lines))
     with (cli.writing(out), open(out, "a", encoding="utf-8") as file,
-          tqdm(total=len(questions), initial=len(lines), unit="answer", dynamic_ncols=True) as bar):
+          Progress(total=len(questions), initial=len(lines), unit="answer") as bar):
         for first in range(len(lines), len(questions), args.batch_size):
             some = slice(first, first + args.batch_size)
             results = generate(model, tokenizer, prompts[some], max_new_tokens=args.max_new_tokens)
@@ -100,10 +100,11 @@ def main():
                 file.write(json.dumps(row) + "\n")
             file.flush()
             bar.update(len(results))
+            bar.lap(left=math.ceil((len(questions) - bar.n) / args.batch_size))
             speed = sum(len(r.tokens) for r in results) / max(r.seconds for r in results)
-            bar.set_postfix_str(f"{speed:.0f} tokens/s")
+            bar.say(f"{speed:.0f} new tokens/s")
     print(f"{len(questions)} rows in {out}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, resumes=True)

@@ -11,7 +11,7 @@ turns, one round each (a machine whose speed drifts favours none), after rounds 
 ratios are taken round by round. All rounds have the same prompts, solved word problems, or with
 --data each its own: questions in the checkpoint's format (in a batch: of one length). Timed is
 decoding only, from the end of the pass that reads the prompt. Stop tokens are ignored, so all write
-the same number of tokens; the texts are compared. Of a checkpoint with heads, static 1 is its start
+the same number of tokens; the texts are compared. Of a checkpoint with heads, k = 1 is its start
 model itself, and drafts of 1, 2, ... heads are verified.
 
 Then, for one row: milliseconds per pass by the number of fed tokens, and how near a pass of one
@@ -42,7 +42,7 @@ from speculate import decode
 from studies import needs
 
 BASELINE, LOOKUP = "transformers, greedy", "transformers, prompt lookup"
-PLAIN = "ours, static 1"
+PLAIN = "ours, k = 1"
 MEBIBYTE = 2 ** 20
 
 
@@ -145,7 +145,7 @@ def race(strategies, args, batches):
                     rounds[name].append(answer)
                 _, seconds, tokens, *_ = answer
                 bar.update()
-                bar.set_postfix_str(f"{name}: {tokens / seconds:.1f} tokens/s")
+                bar.set_postfix_str(f"{name}: {tokens / seconds:.1f} new tokens/s")
     for process, pipe in processes.values():
         pipe.send("stop")
         process.join()
@@ -186,7 +186,7 @@ def middle(values, digits):
 
 def race_table(entries, size):
     lines = [f"batch {size}; median (range) over rounds\n",
-             "| decoding only | tokens/s | times transformers | times our k = 1 "
+             "| decoding only | new tokens/s | times transformers | times our k = 1 "
              "| tokens per pass and row | greedy text | peak MiB |", "|" + "---|" * 7]
     for name, e in entries.items():
         cells = [
@@ -326,7 +326,7 @@ def main():
     needs("transformers")
     if args.threads:
         torch.set_num_threads(args.threads)
-        os.environ["OMP_NUM_THREADS"] = str(args.threads)       # of the contenders
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())    # of the contenders, too
     args.model = args.model or default_model()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)

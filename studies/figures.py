@@ -139,12 +139,12 @@ def chunked_answer(rows, tokenizer, strategies, question=0, width=46):
     """
     with gzip.open(rows, "rt", encoding="utf-8") as lines:
         own = {row["strategy"]: row for row in map(json.loads, lines) if row.get("id") == question}
+    own.setdefault("k = 1", own.get("static 1"))                # as older rows call it
     figure, axis = plt.subplots()
     y = 0.0
     for name in strategies:
         answer, x = Answer(tokens=own[name]["tokens"], chunks=own[name]["chunks"]), 0
-        title = f"{len(answer.tokens)} tokens in {answer.passes} passes"
-        title = f"{'k = 1' if name == 'static 1' else name}: {title}"
+        title = f"{name}: {len(answer.tokens)} tokens in {answer.passes} passes"
         axis.text(0, y, title, va="center", weight="bold")
         y -= 1.25
         for number, chunk in enumerate(chunks_of(answer)):
@@ -262,7 +262,7 @@ def confidence_plots(path):
 
 def answer():
     return chunked_answer(RESULTS / "tiny-k8" / "rows.jsonl.gz", Tokenizer(resolve("tiny")),
-                          ["static 1", "adaptive 0.9"])
+                          ["k = 1", "adaptive 0.9"])
 
 
 def training_smollm2():

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common import cli
 from common.cli import ArgumentParser, InputError
 from common.files import write_json
-from common.hub import default_model
+from common.hub import default_model, offline_where_out_of_reach
 from common.machine import machine, pick_device, pick_dtype
 from common.report import summary
 from eval_gsm8k import log_likelihoods
@@ -27,6 +27,8 @@ from sample import choose_strategy, load
 from speculate import decode
 from studies import needs
 
+if __name__ == "__main__":
+    offline_where_out_of_reach()                # which lm-eval's libraries ask when imported
 try:
     from lm_eval import simple_evaluate
     from lm_eval.api.model import TemplateLM
@@ -176,6 +178,8 @@ def main():
             model, tasks=args.tasks, num_fewshot=args.shots, limit=args.limit,
             task_manager=TaskManager(include_path=args.include), fewshot_random_seed=args.seed)
     except (ValueError, KeyError, OSError) as error:        # an unknown task, a hub out of reach
+        if out and not any(out.iterdir()):
+            out.rmdir()
         raise InputError(f"lm-eval: {error}") from None
     print(make_table(results))
     if model.batches:

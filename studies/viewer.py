@@ -237,15 +237,14 @@ def main():
               "alone (train.py)")
     strategy = choose_strategy(args.k, args.threshold, trained.get("k_max", 1), heads=heads)
     style = args.prompt_format or trained.get("prompt_format") or tokenizer.default_format
-    questions = read_questions(args.prompt, None, args.seed)
+    questions = read_questions(args.prompt, None, args.seed, example=4)
     prompts = [tokenizer.prompt(question, style) for question in questions]
 
     # --- decode with each strategy, then replay
     entries = [{"text": question, "runs": []} for question in questions]
     plain = None
     for way in [Strategy(k=1)] + [strategy] * (strategy.k > 1):
-        name = "k = 1" if way.k == 1 else way.name
-        with tqdm(desc=name, unit="token", dynamic_ncols=True, leave=False, delay=1) as bar:
+        with tqdm(desc=way.name, unit="token", dynamic_ncols=True, leave=False, delay=1) as bar:
             results = decode(
                 model, tokenizer, prompts, way, heads, max_new_tokens=args.max_new_tokens,
                 on_chunk=lambda row, new: bar.update(len(new)))
@@ -259,16 +258,18 @@ def main():
             else:
                 shared = shared_prefix(result.tokens, reference.tokens)
                 note = f"parts from k = 1 at token {shared + 1}"
-            entry["runs"].append({"name": name, "note": note, "k": way.k,
+            entry["runs"].append({"name": way.name, "note": note, "k": way.k,
                                   "threshold": way.threshold, "passes": passes})
         tokens, count = sum(len(r.tokens) for r in results), sum(r.passes for r in results)
-        print(f"{name}: {tokens} tokens in {count} passes, {tokens / count:.2f} tokens per forward")
+        print(f"{way.name}: {tokens} tokens in {count} passes, {tokens / count:.2f} tokens per "
+              "forward")
         if others:
             print(f"note: {others} tokens come second in the replay, which rounds differently: "
                   "near-ties")
 
     # --- the page, and what it shows
-    data = {"model": Path(args.model).name, "prompts": entries}
+    name = args.model.removesuffix("/").removesuffix("/latest")         # of a run, its own name
+    data = {"model": Path(name).name, "prompts": entries}
     if args.json:
         write_text(args.json, json.dumps({**machine(device), **data}) + "\n")
     write_text(args.out, page(data))

@@ -25,21 +25,21 @@ def test_bench(tiny, tmp_path, monkeypatch):
                  "--dtype", "fp32", "--threads", 1)
     assert result.code == 0, result
     record = read_json(out / "bench.json")
-    names = ["transformers, greedy", "transformers, prompt lookup", "ours, static 1",
+    names = ["transformers, greedy", "transformers, prompt lookup", "ours, k = 1",
              "ours, static 2", "ours, adaptive 0.9", "ours, lossless 2", "ours, lossless 2 narrow"]
     assert list(record["races"]["1"]) == names
     assert list(record["races"]["2"]) == names[:1] + names[2:]      # prompt lookup: one row only
     for size, race in record["races"].items():
         for entry in race.values():
             assert len(entry["tokens_per_second"]) == 2 and entry["peak_mebibytes"] > 50
-        for name in ("ours, static 1", "ours, lossless 2", "ours, lossless 2 narrow"):
+        for name in ("ours, k = 1", "ours, lossless 2", "ours, lossless 2 narrow"):
             # in both rounds the text of transformers
             assert race[name]["greedy_texts"] == race[name]["texts"] == 2 * int(size)
             assert len(race[name]["ratio"]) == 2
-        assert race["ours, static 1"]["ratio_to_k1"] == [1, 1]
+        assert race["ours, k = 1"]["ratio_to_k1"] == [1, 1]
         for k in (1, 2):
             assert race[f"ours, static {k}"]["tokens_per_pass_and_row"] == k
-        for name in ("transformers, greedy", "ours, static 1"):     # none stopped early
+        for name in ("transformers, greedy", "ours, k = 1"):     # none stopped early
             assert race[name]["passes"] == 8
     assert list(record["milliseconds_by_width"]) == ["1", "2", "3"]
     assert record["commit"] is not None
@@ -57,7 +57,7 @@ def test_bench_of_heads(tiny, tmp_path, monkeypatch):
                  "--threads", 1)
     assert result.code == 0, result
     record = read_json(out / "bench.json")
-    names = ["transformers, greedy", "ours, static 1", "ours, lossless 2 heads",
+    names = ["transformers, greedy", "ours, k = 1", "ours, lossless 2 heads",
              "ours, lossless 3 heads"]
     assert list(record["races"]["2"]) == names
     for name, entry in record["races"]["2"].items():
@@ -92,11 +92,11 @@ def test_contenders():
     def names(*checkpoint):
         return [name.removeprefix("ours, ") for name in bench.contenders(*checkpoint)]
 
-    assert names(1, None) == ["static 1"]
-    assert names(2, None) == ["static 1", "static 2", "adaptive 0.9", "lossless 2",
+    assert names(1, None) == ["k = 1"]
+    assert names(2, None) == ["k = 1", "static 2", "adaptive 0.9", "lossless 2",
                               "lossless 2 narrow"]
     some_heads = object()
-    assert names(4, some_heads) == ["static 1", "lossless 2 heads", "lossless 3 heads",
+    assert names(4, some_heads) == ["k = 1", "lossless 2 heads", "lossless 3 heads",
                                     "lossless 4 heads"]
 
 

@@ -140,9 +140,9 @@ def test_summary_by_hand():
     plain = rows([[1, 2, 3, 4], [5, 6]], [[1] * 4, [1] * 2], [4.0, 2.0], [1, 0], [2.0, 1.0])
     static = rows([[1, 2, 9, 4], [5, 6]], [[2, 2], [2]], [2.0, 1.0], [1, 1], [4.0, 2.0])
     table = evaluation.summarise({
-        evaluation.START: plain, "static 1": plain, "static 2": static})
+        evaluation.START: plain, "k = 1": plain, "static 2": static})
     start, one, two = table
-    assert [entry["strategy"] for entry in table] == ["start, k = 1", "static 1", "static 2"]
+    assert [entry["strategy"] for entry in table] == ["start, k = 1", "k = 1", "static 2"]
     assert "difference" not in start and "identical_text" not in start
     assert one["difference"] == (0, 0) and one["speed_up"] == 1.0
     assert two["difference"] == pytest.approx((0.5, 1.96 * 0.5))
@@ -154,7 +154,7 @@ def test_summary_by_hand():
         "| cut off | same text | before first difference | loss under start |",
         "|---|---|---|---|---|---|---|---|---|---|",
         "| start, k = 1 | 50.0 +- 50.0 |  | 1.00 +- 0.00 | 1.5 (1.3) | 1.00x | 50% |  |  | 0.500 |",
-        "| static 1 | 50.0 +- 50.0 | +0.0 +- 0.0 | 1.00 +- 0.00 | 1.5 (1.3) | 1.00x | 50% | 100% "
+        "| k = 1 | 50.0 +- 50.0 | +0.0 +- 0.0 | 1.00 +- 0.00 | 1.5 (1.3) | 1.00x | 50% | 100% "
         "| 100% | 0.500 |",
         "| static 2 | 100.0 +- 0.0 | +50.0 +- 98.0 | 2.00 +- 0.00 | 3.0 (1.3) | 2.00x | 50% | 50% "
         "| 67% | 1.000 |"]
@@ -224,7 +224,7 @@ def test_run_and_resume(tiny, trained, tmp_path, monkeypatch, capsys):
                 "--batch-size", 2, "--max-new-tokens", 12, "--lossless", "--narrow"]
     evaluate(monkeypatch, *settings, "--out", a)
     lines, rows = rows_of(a)
-    names = ["start, k = 1", "static 1", "static 2", "static 3"]
+    names = ["start, k = 1", "k = 1", "static 2", "static 3"]
     names += [f"adaptive {threshold}" for threshold in (0.99, 0.95, 0.9, 0.8, 0.7, 0.6)]
     names += ["lossless 3", "lossless 3 narrow"]
     # strategies take turns within each batch of questions
@@ -237,7 +237,7 @@ def test_run_and_resume(tiny, trained, tmp_path, monkeypatch, capsys):
     entries = json.loads((a / "table.json").read_text())["table"]
     table = {entry["strategy"]: entry for entry in entries}
     assert list(table) == names
-    assert table["static 1"]["speed_up"] == table["static 1"]["identical_text"] == 1
+    assert table["k = 1"]["speed_up"] == table["k = 1"]["identical_text"] == 1
     assert table["static 2"]["tokens_per_forward"] > 1.7
     assert table["static 3"]["start_loss"] > 0
     assert table["lossless 3"]["identical_text"] == 1
@@ -249,7 +249,7 @@ def test_run_and_resume(tiny, trained, tmp_path, monkeypatch, capsys):
     tokenizer, model = Tokenizer(folder), Transformer.from_pretrained(folder).eval()
     problems = WordProblems(0, "test")
     for row in rows:
-        if row["strategy"] == "static 1":
+        if row["strategy"] == "k = 1":
             problem = problems[row["id"]]
             prompt = tokenizer.prompt(problem["question"], "chat")
             answer, = generate(model, tokenizer, [prompt], 1, max_new_tokens=12)
@@ -283,7 +283,7 @@ def test_heads(tmp_path, monkeypatch):
     evaluate(monkeypatch, *settings, "--baseline", "tiny", "--out", tmp_path / "a")
     start, plain, ours = table = json.loads((tmp_path / "a" / "table.json").read_text())["table"]
     assert [entry["strategy"] for entry in table] == [
-        "start, k = 1", "static 1", "lossless 4 heads"]
+        "start, k = 1", "k = 1", "lossless 4 heads"]
     assert plain["identical_text"] == ours["identical_text"] == ours["shared_prefix"] == 1
     assert plain["tokens_per_forward"] == 1 and ours["tokens_per_forward"] > 1.3
     assert start["accuracy"] == plain["accuracy"] == ours["accuracy"]
@@ -293,13 +293,13 @@ def test_heads(tmp_path, monkeypatch):
         texts.setdefault(row["strategy"], []).append(row["tokens"])
         verifying = len(row["chunks"]) - 1 if row["strategy"] == "lossless 4 heads" else 0
         assert len(row["drafts"]) == verifying
-    assert texts["start, k = 1"] == texts["static 1"] == texts["lossless 4 heads"]
+    assert texts["start, k = 1"] == texts["k = 1"] == texts["lossless 4 heads"]
 
     evaluate(monkeypatch, *settings, "--k", 1, 2, "--threshold", 0.5, "--out", tmp_path / "b")
     table = json.loads((tmp_path / "b" / "table.json").read_text())["table"]
     rates = {entry["strategy"]: entry["tokens_per_forward"] for entry in table}
     assert list(rates) == [
-        "static 1", "lossless 2 heads", "lossless 4 heads at 0.5", "lossless 4 heads"]
+        "k = 1", "lossless 2 heads", "lossless 4 heads at 0.5", "lossless 4 heads"]
     assert all(entry["identical_text"] == 1 for entry in table)
     one, two, unsure, four = rates.values()
     assert one == 1 < two <= four == ours["tokens_per_forward"] and 1 < unsure <= four
@@ -334,7 +334,7 @@ def test_two_processes(tiny, trained, tmp_path, monkeypatch):
     settings = ["--model", trained, "--baseline", tiny, "--data", "wordproblems", "--limit", 7,
                 "--batch-size", 2, "--max-new-tokens", 12, "--k", 1, 3, "--threshold", 0.6,
                 "--lossless", "--device", "cpu", "--dtype", "fp32"]
-    names = ["start, k = 1", "static 1", "static 3", "adaptive 0.6", "lossless 3"]
+    names = ["start, k = 1", "k = 1", "static 3", "adaptive 0.6", "lossless 3"]
 
     def read(out, processes):
         """(lines of rows.jsonl, {strategy and question: row}, table), and what holds for any."""
@@ -365,7 +365,7 @@ def test_two_processes(tiny, trained, tmp_path, monkeypatch):
     printed = in_two_processes(SCRIPT, [
         (*settings, "--out", tmp_path / "2"),
         (*settings, *left_by_killed(one[0], tmp_path / "1-2"))], tmp_path)
-    for words in ("the first prompt:", "| static 1 |"):                 # one of the two talks
+    for words in ("the first prompt:", "| k = 1 |"):                 # one of the two talks
         assert printed.count(words) == 2
     two = read(tmp_path / "2", [2])
     same(two, one)

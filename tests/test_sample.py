@@ -218,7 +218,7 @@ def test_choose_strategy():
             with pytest.raises(InputError, match="1 to 4"):
                 choose_strategy(k, None, 4, **more)
     assert choose_strategy(None, 0.9, 1) == Strategy(1) == choose_strategy(1, 0.9, 4)
-    names = {Strategy(): "static 1", Strategy(3): "static 3",
+    names = {Strategy(): "k = 1", Strategy(3): "static 3",
              Strategy(4, 0.95): "adaptive 0.95", Strategy(4, None, "wide"): "lossless 4",
              Strategy(4, 0.5, "narrow"): "lossless 4 narrow at 0.5",
              Strategy(5, None, "heads"): "lossless 5 heads"}
