@@ -308,6 +308,11 @@ def main():
     print(f"{name}, k_max {trained.get('k_max', 1)}: {len(questions)} questions, {len(contenders)} "
           f"strategies; the first prompt:\n\n{tokenizer.decode(prompts[0]).strip()}\n")
 
+    # --- a few tokens that do not count: the first passes of a process are slow
+    for contender in contenders:
+        decode(contender.model, tokenizer, prompts[:1], contender.strategy, contender.heads,
+               max_new_tokens=16)
+
     # --- ask: all strategies about one batch, then about the next; every N-th batch is one rank's
     firsts = range(0, len(prompts), args.batch_size)
     mine = sum(len(prompts[first:first + args.batch_size]) for first in firsts[rank::world])

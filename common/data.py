@@ -174,7 +174,7 @@ def load_questions(name, limit, shots, seed):
     return rows[:limit], examples
 
 
-def read_questions(typed, path, seed, example):
+def read_questions(typed, path, seed, example=0):
     """Questions, a list of str: the typed ones, then the file's, else one unseen word problem.
 
     example   its number: sample.py shows another one than the viewer, and training shows neither

@@ -44,7 +44,8 @@ def pareto_plot(table):
         points += zip(x, y, [e["strategy"] for e in own], [colour] * len(own))
     axis.set(xlabel="tokens per forward", ylabel="accuracy, %",
              title=f"{table[0]['questions']} questions")
-    axis.set_ylim(0, 1.1 * max(100 * (e["accuracy"] + e["stderr"]) for e in table) or 1)
+    highest = max(e["accuracy"] + (e["stderr"] if e["questions"] > 1 else 0) for e in table)
+    axis.set_ylim(0, 110 * highest or 1)
 
     points.sort()
     low, high = axis.get_xlim()
