@@ -166,10 +166,17 @@ def summarise(rows):
     return table
 
 
+LEGEND = """\
+accuracy: percent +- standard error; vs k = 1: paired difference +- 95% interval; tokens per
+forward: mean +- standard deviation over questions; tokens/s: of what is written, in brackets
+without the prompt's pass; speed-up: seconds of k = 1 / own seconds, all answers to their end;
+cut off: answers that reached --max-new-tokens; same text: as k = 1's; before first difference:
+share of k = 1's tokens; loss under start: of the text, nats per token, where --baseline names it.
+"""
+
+
 def markdown(table):
-    """The table for people. Accuracy in percent +- standard error; its difference from k = 1 +- its
-    95% interval, paired; tokens/s: of what is written, in brackets without the prompt's pass;
-    speed-up: time of k = 1 / own time, in turns within each batch."""
+    """The table for people, as LEGEND has it."""
     lines = ["| decoding | accuracy | vs k = 1 | tokens per forward "
              "| new tokens/s (after the prompt) | speed-up | cut off | same text "
              "| before first difference | loss under start |",
@@ -316,7 +323,7 @@ def main():
     # --- ask: all strategies about one batch, then about the next; every N-th batch is one rank's
     firsts = range(0, len(prompts), args.batch_size)
     mine = sum(len(prompts[first:first + args.batch_size]) for first in firsts[rank::world])
-    total = mine * len(contenders)
+    total, hits = mine * len(contenders), []
     with file, Progress(total=total, unit="answer", disable=rank > 0) as bar:
         for number, first in enumerate(firsts[rank::world], 1):
             batch = slice(first, first + args.batch_size)
@@ -326,11 +333,11 @@ def main():
                     rows = ask(contender, prompts[batch], golds[batch], first, setting)
                     file.write("".join(json.dumps(row) + "\n" for row in rows))
                     file.flush()
-                hits = statistics.fmean(row["correct"] for row in rows)
-                rate = statistics.fmean(as_answer(row).tokens_per_forward for row in rows)
                 bar.update(len(rows))
-                bar.say(f"{contender.name}: {hits:.0%} right, {rate:.2f} tokens per forward")
+                if contender.name == PLAIN.name:
+                    hits += [row["correct"] for row in rows]
             bar.lap(left=len(firsts[rank::world]) - number)
+            bar.say(f"{PLAIN.name}: {statistics.fmean(hits):.0%} of {len(hits)} right")
 
     # --- the table, once all rows are on disk
     parallel.wait()
@@ -342,11 +349,15 @@ def main():
         processes = sorted({row.get("processes", 1) for batch in done.values() for row in batch})
         write_json(out / "table.json", {"model": name, "settings": settings, **machine(device),
                                         "processes": processes, "table": table})
-        write_text(out / "table.md", markdown(table))
+        conditions = (f"{name}, {args.data}, {len(questions)} questions in batches of "
+                      f"{args.batch_size}; {machine(device)['device']}, {settings['dtype']}")
+        text = f"{conditions}\n\n{markdown(table)}\n{LEGEND}"
+        write_text(out / "table.md", text)
         from common.plots import pareto_plot            # here: matplotlib takes a second to load
         with cli.writing(out):
-            pareto_plot(table).savefig(out / "pareto.png", dpi=150)
-        print(f"\n{markdown(table)}\n{out}/table.md, table.json, pareto.png, rows.jsonl")
+            figure = pareto_plot(table, f"{name}, {args.data}, {len(questions)} questions")
+            figure.savefig(out / "pareto.png", dpi=150)
+        print(f"\n{text}\n{out}/table.md, table.json, pareto.png, rows.jsonl")
     parallel.leave()
 
 

@@ -318,13 +318,14 @@ def main():
     device = pick_device(args.device)
     name = args.model or default_model()
     model, tokenizer, trained, heads = load(name, device, pick_dtype(args.dtype, device))
-    print(f"{name}, k_max {trained.get('k_max', 1)}")
+    after = f" after {trained['steps']} steps" if "steps" in trained else ""
+    print(f"{name}{after}, k_max {trained.get('k_max', 1)}")
     if not args.prompt and not args.data:
         print(f"an unseen word problem (another one: --seed {args.seed + 1})")
     elif trained.get("data") == "wordproblems" or resolve(name) == resolve("tiny"):
-        print(f"note: this model knows {len(STRUCTURES)} kinds of word problems (python -m "
-              "common.data shows some) and answers all else with nonsense; --model smollm2-135m "
-              "knows more")
+        print(f"note: this model knows {len(STRUCTURES)} kinds of word problems, in their own "
+              "words (python -m common.data shows some). If yours is none of them, expect "
+              "nonsense; --model smollm2-135m knows more")
     if not trained:
         print("note: this model has not been trained for several tokens per pass, so each pass "
               "emits one (train.py)")
@@ -350,6 +351,8 @@ def main():
             generator=generator)
 
     def show(strategy, **more):
+        # a few tokens that are not shown: the first passes of a process are slow
+        decode(model, tokenizer, prompts[:1], strategy, heads, max_new_tokens=2 * strategy.k)
         print("\n=== " + strategy.name)
         return answer_all(
             lambda some, on_chunk: decode(
@@ -362,7 +365,8 @@ def main():
         ours, plain = ([result.tokens for result in results] for results in (ours, plain))
         same, shared = sum(a == b for a, b in zip(ours, plain)), shared_text(ours, plain)
         print(f"\n{same} of {len(plain)} answers identical to k = 1; {shared:.0%} of k = 1's "
-              "tokens come before the first difference")
+              "tokens come before the first difference (for speed, compare many answers: "
+              "eval_gsm8k.py)")
 
 
 if __name__ == "__main__":

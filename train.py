@@ -23,6 +23,7 @@ import functools
 import math
 import random
 import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -352,20 +353,22 @@ def training_step(step, student, teacher, optimizer, train, tokenizer, args):
 
 def arithmetic(step, done, args):
     """What a Step was made of, in words."""
+    agreement = ("\nagreement: how often a token is the start model's, at {} 1, 2 and the last of "
+                 "a step\n")
     if args.heads:
         return (f"step {step}: {args.batch_size} sequences, {done.k} heads, {done.slots} "
-                f"supervised tokens, {done.fed_tokens} tokens read\n")
+                f"supervised tokens, {done.fed_tokens} tokens read" + agreement.format("heads"))
     regions = done.slots / done.k / args.batch_size
     return (f"step {step}, k = {done.k}: {args.batch_size} sequences * {regions:.1f} regions * "
-            f"{done.k} slots = {done.slots} supervised tokens, {done.fed_tokens} tokens fed\n")
+            f"{done.k} slots = {done.slots} supervised tokens, {done.fed_tokens} tokens fed"
+            + agreement.format("slots"))
 
 
 def progress(done):
-    """The numbers that matter, for the progress bar: slots (or heads) 1, 2 and the last one."""
-    slots = ", ".join(f"slot {slot} {done.agreement[slot - 1]:.0%}"
+    """The numbers that matter, in a line of 80 columns: of slots (or heads) 1, 2 and the last."""
+    shares = " ".join(f"{done.agreement[slot - 1]:.0%}"
                       for slot in sorted({1, min(2, done.k), done.k}))
-    return (f"loss {done.loss:.2f}, agreement at {slots}, "
-            f"{done.slots / done.seconds:.0f} slots/s")
+    return f"loss {done.loss:.2f}, agreement {shares}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -415,8 +418,8 @@ def in_words(step, report):
             "right with k = 1")
     if "accuracy" in report:
         line += (f"; at threshold 0.9 {report['accuracy']:.0%}, {report['tokens_per_forward']:.2f} "
-                 f"tokens per forward and {report['agreement_with_k1']:.0%} of the text as with "
-                 f"k = 1\n{report['sample']}")
+                 f"tokens per forward, {report['agreement_with_k1']:.0%} of the text before the "
+                 f"first difference from k = 1\n{report['sample']}")
     if "acceptance" in report:
         stood = ", ".join(f"{share:.0%}" for share in report["acceptance"])
         line += (f"; the same text at {report['tokens_per_forward']:.2f} tokens per forward; draft "
@@ -559,6 +562,7 @@ def main():
     else:
         student, teacher = load_models(start, folder, tokenizer, args, device)
         save = functools.partial(save_pretrained, student)
+    cores.look(wait=0)                                      # fewer threads beside other programs
     settings = {"parameters": sum(p.numel() for p in student.parameters()), **vars(args),
                 "processes": world, **machine(device)}
     log = Log(out)
@@ -567,14 +571,16 @@ def main():
     step, saved = 0, None
     if resuming:
         step, saved = restore(state, student, optimizer), folder.resolve()
-    print("\n".join(f"{name:>18}  {value}" for name, value in settings.items()) + "\n")
+    listed = ", ".join(f"{name} {value}" for name, value in settings.items())
+    print(textwrap.fill(listed, 100) + "\n")
     log.record("resume" if resuming else "start", step, **settings)
 
     # --- the loop, until Ctrl-C or the time is up; all ranks stop after the same step
     first, stop = step, StopSignal(args.minutes)
     bar = Progress(total=args.steps, initial=step, unit="step", disable=rank > 0)
     while True:
-        if args.eval_every and step % args.eval_every == 0 and (step > first or step == 0):
+        due = args.eval_every and (step % args.eval_every == 0 or step == args.steps)
+        if due and (step > first or step == 0):
             with bar.aside(args.eval_every):
                 report = evaluate(student, teacher, tokenizer, held_out, args)
             bar.write(in_words(step, report))
@@ -583,7 +589,7 @@ def main():
             saved = save_checkpoint(out, step, save, student, optimizer, tokenizer, args)
         if step == args.steps or parallel.any_rank(stop.asked, device):
             break
-        cores.look()                                        # fewer threads beside other programs
+        cores.look()
         try:
             done = training_step(step, wrapped, teacher, optimizer, train, tokenizer, args)
         except FloatingPointError as error:

@@ -105,9 +105,9 @@ class Cores:
             self.free_looks = 0
         if fitting < threads and not self.told:
             self.told = True
-            tqdm.write(f"note: other programs are busy on this machine, so this one computes with "
-                       f"{fitting} of {self.most} threads while they are; waiting for their cores "
-                       "would take longer", file=sys.stderr)
+            tqdm.write(f"note: other programs keep this machine busy: computing with {fitting} of "
+                       f"{self.most} threads, which is faster than waiting for their cores",
+                       file=sys.stderr)
 
 
 cores = Cores()

@@ -1,8 +1,11 @@
 """The one figure that a script at the top draws: accuracy against tokens per forward."""
+import math
+
 import matplotlib
 
 matplotlib.use("Agg")               # no window
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]    # Okabe and Ito's
 
@@ -21,11 +24,11 @@ def apart(places, gap):
             for total, count in groups for i in range(count)]
 
 
-def pareto_plot(table):
+def pareto_plot(table, title):
     """Accuracy against tokens per forward, with standard errors; `table` as eval_gsm8k.py makes it.
 
-    Returns a matplotlib figure. Accuracy starts at 0, so that a difference looks as large as it is;
-    the points' names stand above the frame, where none covers another.
+    Returns a matplotlib figure. At least 20 points of accuracy are in it, so that small differences
+    look small; the points' names stand above the frame, where none covers another.
     """
     figure, axis = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
     blue, orange, green = COLOURS[:3]
@@ -42,10 +45,12 @@ def pareto_plot(table):
         if own:
             axis.errorbar(x, y, error, color=colour, marker=marker, capsize=3, label=kind)
         points += zip(x, y, [e["strategy"] for e in own], [colour] * len(own))
-    axis.set(xlabel="tokens per forward", ylabel="accuracy, %",
-             title=f"{table[0]['questions']} questions")
-    highest = max(e["accuracy"] + (e["stderr"] if e["questions"] > 1 else 0) for e in table)
-    axis.set_ylim(0, 110 * highest or 1)
+    axis.set(xlabel="tokens per forward", ylabel="accuracy, % +- standard error")
+    ends = [100 * (e["accuracy"] + sign * (e["stderr"] if e["questions"] > 1 else 0))
+            for e in table for sign in (-1, 1)]
+    low = max(0, 10 * math.floor(min(min(ends) - 2, max(ends) - 18) / 10))
+    axis.set_ylim(low, max(ends) + 2)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
 
     points.sort()
     low, high = axis.get_xlim()
@@ -56,8 +61,8 @@ def pareto_plot(table):
                       arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.6})
         axis.text(at, 1.01, name, transform=frame, color=colour, fontsize=8, rotation=90,
                   ha="center", va="bottom")
-    axis.set_title(axis.get_title(), pad=80)        # above the names
+    axis.set_title(title, pad=80)                   # above the names
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower left")
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -8,7 +8,7 @@ A bar for long work whose estimate can be believed.
             work()
             bar.update()
             bar.lap(left=700 - step - 1)
-            bar.say("loss 0.31")                # 84/700 [00:41, about 5 min left, loss 0.31]
+            bar.say("loss 0.31")                # 84/700 [00:41, 5 min left, loss 0.31]
 
 tqdm extrapolates from the first steps, which are the slowest: torch is only warming up. Here the
 time left is the median of the last laps times those that are left, and the first lap does not
@@ -35,7 +35,7 @@ class Progress(tqdm):
     """tqdm, with an estimate of its own; the arguments are tqdm's."""
 
     def __init__(self, **settings):
-        shape = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        shape = "{percentage:3.0f}% {bar:8} {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         super().__init__(bar_format=shape, dynamic_ncols=True, **settings)
         self.laps, self.since, self.estimate = [], time.perf_counter(), ""
         self.aside_seconds, self.aside_every = 0.0, math.inf
@@ -48,7 +48,7 @@ class Progress(tqdm):
         if len(self.laps) >= WARM and left:
             pace = statistics.median(self.laps[1:][-RECENT:])
             seconds = left * pace + left // self.aside_every * self.aside_seconds
-            self.estimate = f"about {in_words(seconds)} left, "
+            self.estimate = f"{in_words(seconds)} left, "
         elif not left:
             self.estimate = ""
 

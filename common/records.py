@@ -47,8 +47,10 @@ def open_rows(path, settings, resume):
             was = json.loads(file.readline() or "{}")
         for key, value in settings.items():
             if was.get(key) != value:
-                raise InputError(f"{path} exists, made with {key} {was.get(key)}, not {value}: "
-                                 "choose another --out")
+                had = f"{key} {was.get(key)}, not {value}"
+                if key in ("checkpoint", "baseline"):               # hashes, which tell nothing
+                    had = f"another {key}"
+                raise InputError(f"{path} exists, made with {had}: choose another --out")
         if not resume:
             raise InputError(f"{path} exists: add --resume to go on, or choose another --out")
         kept = read_rows(path)

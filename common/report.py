@@ -55,7 +55,7 @@ class ChunkPrinter:
             background = BACKGROUNDS[self.count % len(BACKGROUNDS)]
             paint = f"\x1b[48;5;{background};38;5;{BLACK}m"
             text = text.replace("\n", f"{RESET}\n{paint}")      # or it colours to the right margin
-            text = f"{BADGE}{len(tokens)}{paint}{text}{RESET}"
+            text = f"{BADGE}{len(tokens)}|{paint}{text}{RESET}"
         elif self.boxed:
             text = f"[{len(tokens)}|{text}]"
         self.stream.write(text)

@@ -276,7 +276,8 @@ def confidence_tiny():
 
 
 def pareto_tiny():
-    return pareto_plot(read_json(RESULTS / "tiny-k8" / "table.json")["table"])
+    return pareto_plot(read_json(RESULTS / "tiny-k8" / "table.json")["table"],
+                       "tiny-mtp, wordproblems, 1,000 questions")
 
 
 FIGURES = {

@@ -244,7 +244,8 @@ def main():
     entries = [{"text": question, "runs": []} for question in questions]
     plain = None
     for way in [Strategy(k=1)] + [strategy] * (strategy.k > 1):
-        with tqdm(desc=way.name, unit="token", dynamic_ncols=True, leave=False, delay=1) as bar:
+        with tqdm(desc=way.name, unit="token", dynamic_ncols=True, leave=False, delay=1,
+                  disable=None) as bar:
             results = decode(
                 model, tokenizer, prompts, way, heads, max_new_tokens=args.max_new_tokens,
                 on_chunk=lambda row, new: bar.update(len(new)))

@@ -193,8 +193,7 @@ def free_ports(count):
 
 
 # What both processes run after a test's own script, which defines `job(flags)`. Each job has a
-# process of its own, forked off when all is imported: in one process, groups that follow each other
-# hang now and then, when the first one's remains are cleared away (torch 2.13, gloo)
+# process of its own, forked off when all is imported: it may end in any way
 EACH_JOB = """
 import json, os, sys, traceback
 
@@ -226,10 +225,16 @@ def in_two_processes(script, jobs, folder):
     (folder / "script.py").write_text(own_port + script + EACH_JOB)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                folder / "script.py", folder / "jobs.json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    try:
+        printed, errors = started.communicate(timeout=300)
+    finally:
+        with contextlib.suppress(ProcessLookupError):       # nobody is left waiting for another
+            os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode == 0, errors[-5000:]
+    return printed
 
 
 def write_chunk(new, written, chunks, stop_ids, limit):
