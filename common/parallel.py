@@ -81,9 +81,9 @@ def any_rank(flag, device):
 def leave():
     """The end of a run: without it torch complains.
 
-    Gloo's threads need Python's lock to let go of the last tensors that they have summed. torch 2.13
-    holds it when it waits for these threads to end: without a pause first, in which they can have
-    it, one run in ten waits for itself forever.
+    Gloo's threads need Python's lock to let go of the last tensors that they have summed, and torch
+    2.13 holds it while it waits for these threads to end: without a pause first, in which they can
+    have it, one run in ten waits for itself forever.
     """
     if dist.is_initialized():
         time.sleep(0.3)

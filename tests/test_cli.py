@@ -31,8 +31,9 @@ from common.cli import InputError, run
 from common.files import read_json, write_json
 from common.hub import resolve
 from common.tokenizer import MASK_TOKEN, Tokenizer
-from common.wordproblems import WordProblems
+from common.wordproblems import STRUCTURES, WordProblems
 from sample import Strategy
+from studies import viewer
 
 # --------------------------------------------------------------------------------------------------
 # All scripts and their flags
@@ -208,6 +209,7 @@ def tmp(tmp_path, tiny, monkeypatch):
     (tmp_path / "broken.jsonl").write_text(good * 2 + '{"question": "a", "answer":\n' + good)
     (tmp_path / "fields.jsonl").write_text(good + '{"text": "a"}\n')
     (tmp_path / "few.jsonl").write_text("".join(good.replace("a", str(i), 1) for i in range(3)))
+    (tmp_path / "single.jsonl").write_text(good * 3)        # three rows, one question
     (tmp_path / "long.jsonl").write_text(good + good.replace('"a"', '"' + "word " * 600 + '"', 1))
     shutil.copytree(tiny, tmp_path / "base")                # a model without a chat template
     settings = read_json(tiny / "tokenizer_config.json")
@@ -275,7 +277,7 @@ REFUSED = {
         ("--log-every 0", "--log-every must be at least 1"),
         ("--save-every 0", "--save-every must be at least 1"),
         ("--eval-every -1", "--eval-every must be at least 0"),
-        ("--eval-prompts 0", "--eval-prompts must be at least 1"),
+        ("--eval-prompts -1", "--eval-prompts must be at least 0"),
         ("--lr 0", "--lr"),
         ("--lr nan", "--lr"),
         ("--lr inf", "--lr must be a finite number"),
@@ -327,7 +329,8 @@ REFUSED = {
         ("--device meta", "no device"),
         ("--data nosuch", "no data 'nosuch'"),
         ("--data {tmp}/fields.jsonl", "{tmp}/fields.jsonl:2: "),
-        ("--data {tmp}/few.jsonl --eval-prompts 3", "3 different questions cannot spare 3"),
+        ("--data {tmp}/single.jsonl", "a single question cannot be trained on and held out: add "
+         "rows, or --eval-prompts 0"),
         ("--seq-len 12", "no prompt fits --seq-len 12"),
         ("--seq-len 0", "--seq-len must be at least"),
         ("--seq-len 600", "beyond the model's context of 512 tokens"),
@@ -403,7 +406,8 @@ REFUSED = {
     "-m studies.answers": [
         ("--out {tmp}/rows.txt", "end in .jsonl"),
         ("--out {tmp}/few.jsonl", "add --resume"),
-        ("--out {tmp}/few.jsonl --resume --data {tmp}/long.jsonl", "other questions"),
+        ("--out {tmp}/few.jsonl --resume --data wordproblems --limit 3", "other questions"),
+        ("--data {tmp}/long.jsonl", "does not fit the model's context of 512 tokens"),
         ("--model {tmp}/base --prompt-format chat", "no chat template"),
     ],
     "-m studies.bench": [
@@ -501,15 +505,19 @@ def test_exit_codes(capsys, monkeypatch):
         raise error
 
     two_lines = InputError("two\n  lines")
-    for error, code, said in ((two_lines, 2, "error: two lines\n"), (KeyboardInterrupt(), 130, "")):
+    stopped = "stopped; what was saved is kept: go on by the same command with --resume\n"
+    for error, code, resumes, said in (
+            (two_lines, 2, False, "error: two lines\n"), (two_lines, 2, True, "error: two lines\n"),
+            (KeyboardInterrupt(), 130, False, ""), (KeyboardInterrupt(), 130, True, stopped)):
         with pytest.raises(SystemExit) as caught:
-            run(functools.partial(fail, error))
+            run(functools.partial(fail, error), resumes)
         assert caught.value.code == code and capsys.readouterr().err == said
     monkeypatch.setenv("RANK", "1")                         # of several processes one says it
     monkeypatch.setattr("common.cli.time.sleep", lambda seconds: None)
-    with pytest.raises(SystemExit):
-        run(functools.partial(fail, two_lines))
-    assert capsys.readouterr().err == ""
+    for error in (two_lines, KeyboardInterrupt()):
+        with pytest.raises(SystemExit):
+            run(functools.partial(fail, error), resumes=True)
+        assert capsys.readouterr().err == ""
     with pytest.raises(ZeroDivisionError):                  # a bug keeps its traceback
         run(lambda: 1 / 0)
     assert run(lambda: None) is None
@@ -525,7 +533,7 @@ def test_data_prints_rows(sums):
         row = WordProblems(5)[i]
         assert (f"{row['question']}\n\n{row['answer']}\n" in result.out) == (i < 2)
     whole = cli(data, "--data", sums, "--limit", 99).out
-    assert whole.count("####") == 13                        # all but the one held out
+    assert whole.count("####") == 14                        # nothing is held out
 
 
 @pytest.fixture
@@ -548,16 +556,28 @@ def plain(text):
     return re.sub("[\ufffd\x00-\x08\x0b-\x1f\x7f-\x9f?]", "", text)
 
 
-def assert_report(out, results, tokenizer):
-    """What sample.py printed of one strategy agrees with the Answers that it is about."""
-    end = 0
+def visible(tokens, tokenizer):
+    """The text of tokens, control tokens by their names."""
+    names = {i: name.encode() for name, i in tokenizer.control.items()}
+    written = b"".join(names.get(token, tokenizer.token_bytes([token])) for token in tokens)
+    return written.decode("utf-8", "replace")
+
+
+def assert_report(out, results, tokenizer, boxed=True):
+    """What sample.py printed of one strategy agrees with the Answers that it is about. Of k = 1 it
+    prints the text alone, not `boxed` token by token."""
+    end, bare = 0, plain(out)
     for result in results:
         assert sum(result.chunks) == len(result.tokens)
-        chunks = "".join(rf"\[{size}\|(.*?)\]" for size in result.chunks) + "\n"
-        printed = re.compile(chunks, re.DOTALL).search(out, end)
-        assert printed
-        assert plain("".join(printed.groups())) == plain(tokenizer.decode(result.tokens))
-        end = printed.end()
+        text = plain(visible(result.tokens, tokenizer))
+        if boxed:
+            chunks = "".join(rf"\[{size}\|(.*?)\]" for size in result.chunks) + "\n"
+            printed = re.compile(chunks, re.DOTALL).search(out, end)
+            assert printed and plain("".join(printed.groups())) == text
+            end = printed.end()
+        else:
+            assert text and "[1|" not in out
+            end = bare.index(f"\n\n{text}\n", end) + len(text)
     sizes = Counter(size for r in results for size in r.chunks)
     finishes = Counter(r.finish for r in results)
     said = re.search(r"^(\d+) tokens in (\d+) passes", out, re.MULTILINE)
@@ -584,7 +604,7 @@ def test_sample_reports_what_it_did(flags, expected, trained, decoded):
     call, = decoded
     assert call.strategy == expected and call.ending["max_new_tokens"] == 17
     assert f"=== {expected.name}\n" in result.out
-    assert_report(result.out, call.results, Tokenizer(trained / "latest"))
+    assert_report(result.out, call.results, Tokenizer(trained / "latest"), boxed=expected.k > 1)
     answer, = call.results
     assert len(answer.tokens) <= 17
     assert (answer.finish == "length") == (len(answer.tokens) == 17)
@@ -609,7 +629,7 @@ def test_sample_compare(trained, decoded):
     assert ours.prompts == ones.prompts
     _, first, second = result.out.split("\n=== ")
     assert_report(first, ours.results, Tokenizer(trained / "latest"))
-    assert_report(second, ones.results, Tokenizer(trained / "latest"))
+    assert_report(second, ones.results, Tokenizer(trained / "latest"), boxed=False)
     pairs = [(a.tokens, b.tokens) for a, b in zip(ours.results, ones.results)]
     share = sum(len(os.path.commonprefix(pair)) for pair in pairs) / sum(len(b) for _, b in pairs)
     assert f"{sum(a == b for a, b in pairs)} of 2 answers identical" in second
@@ -734,7 +754,7 @@ def test_sample_with_heads(headed, decoded, flags, expected):
     assert ours.strategy == expected and ones.strategy == Strategy(1)
     assert f"=== {expected.name}\n" in result.out
     _, first, second = result.out.split("\n=== ")
-    assert_report(first, ours.results, Tokenizer(out / "latest"))
+    assert_report(first, ours.results, Tokenizer(out / "latest"), boxed=expected.k > 1)
     assert "2 of 2 answers identical to k = 1; 100% of k = 1's tokens" in second
     sizes = {size for answer in ours.results for size in answer.chunks}
     assert sizes == ({1} if flags == "--k 1" else {1, 2} if flags == "--k 2" else {1, 2, 3})
@@ -745,6 +765,39 @@ def test_sample_with_heads(headed, decoded, flags, expected):
         "--prompt-format", "plain")
     assert decoded[-1].heads is None
     assert [a.tokens for a in decoded[-1].results] == [a.tokens for a in ours.results]
+
+
+@pytest.mark.parametrize("model, knows", [
+    ("tiny-mtp", True), ("tiny", True), ("trained", True),      # on word problems
+    ("headed", False), ("none of ours", False)])
+def test_sample_says_what_a_tiny_model_knows(model, knows, tiny, trained, headed):
+    """To who types a question of another kind; of other models nothing is known."""
+    folder = {"trained": trained, "headed": headed[0], "none of ours": tiny}.get(model, model)
+    result = cli(sample, "Why is the sky blue?", "--model", folder, "--max-new-tokens", 1)
+    assert result.code == 0
+    notes = re.findall(r"note: this model knows .*", result.out)
+    assert len(notes) == knows and "--seed" not in result.out
+    for note in notes:
+        assert f"knows {len(STRUCTURES)} kinds of word problems" in note
+        assert "--model smollm2-135m" in note
+
+
+def test_sample_without_a_prompt(tmp_path):
+    """An unseen problem, another one for each --seed, which the line names; neither one that
+    training asks when it evaluates nor the viewer's."""
+    shown, few = [], ("--model", "tiny-mtp", "--max-new-tokens", 1)
+    for seed in (0, 5):
+        result = cli(sample, *few, "--seed", seed)
+        assert f"an unseen word problem (another one: --seed {seed + 1})\n" in result.out
+        assert "note: this model knows" not in result.out           # it is of a kind that it knows
+        question = re.search(r"=== .*\n\n(.*)\n\n", result.out)[1]
+        cli(viewer, *few, "--seed", seed, "--out", tmp_path / "page.html", "--json",
+            tmp_path / "page.json")
+        theirs, = read_json(tmp_path / "page.json")["prompts"]
+        _, asked = data.load_data("wordproblems", 1000, seed)       # training's default: 32
+        assert not {question, theirs["text"]} & {row["question"] for row in asked}
+        shown += [question, theirs["text"]]
+    assert len(set(shown)) == 4
 
 
 def test_sample_prompt_format_dtype_and_device(tiny, trained, tmp, decoded):
@@ -799,10 +852,11 @@ def terminal(monkeypatch):
 
 
 PAINT = r"\x1b\[48;5;(\d+);38;5;16m"
+BADGE = re.escape(report.BADGE) + r"(\d+)"             # how many tokens, before their paint
 
 
-def print_chunks(chunks, tokenizer, stream):
-    printer = report.ChunkPrinter(tokenizer, stream)
+def print_chunks(chunks, tokenizer, stream, boxed=True):
+    printer = report.ChunkPrinter(tokenizer, stream, boxed)
     for chunk in chunks:
         printer(chunk)
     return stream.getvalue()
@@ -812,7 +866,9 @@ def test_chunks_are_coloured_on_a_terminal(tiny, terminal):
     tokenizer = Tokenizer(tiny)
     chunks = [tokenizer.encode(text) for text in ("in the", "over\n1", " the")]
     written = print_chunks(chunks, tokenizer, terminal)
-    assert re.sub(r"\x1b\[[\d;]*m", "", written) == "in the²over\n1⁵ the¹"
+    assert re.sub(r"\x1b\[[\d;]*m", "", written) == "2in the5over\n11 the"
+    assert [badge for badge, _ in re.findall(BADGE + PAINT, written)] == ["2", "5", "1"]
+    assert written.startswith(report.BADGE) and not re.match(PAINT, report.BADGE)
     first, second, same, third = re.findall(PAINT, written)
     assert second == same and len({first, second, third}) == 3      # repainted behind the newline
     assert "\x1b[0m\n" in written and written.endswith("\x1b[0m")   # no colour to the right margin
@@ -834,7 +890,23 @@ def test_terminal_run_is_coloured(trained, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     result = cli(sample, "x", "--model", trained, "--max-new-tokens", 7, "--k", 3, "--ignore-stop",
                  stream=Terminal)
-    assert len(set(re.findall(PAINT, result.out))) == 3 and "[3|" not in result.out     # 3, 3 and 1
+    assert len(set(re.findall(PAINT, result.out))) == 3 and "[3|" not in result.out
+    assert re.findall(BADGE, result.out) == ["3", "3", "1"]
+    result = cli(sample, "x", "--model", trained, "--max-new-tokens", 7, "--k", 1, stream=Terminal)
+    assert result.code == 0 and "\x1b" not in result.out            # k = 1: a text to read
+
+
+def test_control_tokens_are_shown_by_name(tiny, terminal):
+    """The end of an answer is a token of its chunk, so that counts and what is seen agree."""
+    tokenizer = Tokenizer(tiny)
+    chunks = [tokenizer.encode("in the"), [*tokenizer.encode(" the"), tokenizer.end_id]]
+    boxes = "[2|in the][2| the<|im_end|>]"
+    assert print_chunks(chunks, tokenizer, io.StringIO()) == boxes
+    answer = SimpleNamespace(tokens=sum(chunks, []), chunks=[2, 2])
+    assert report.boxes(tokenizer, answer) == boxes
+    for stream in (io.StringIO(), terminal):
+        assert print_chunks(chunks, tokenizer, stream, boxed=False) == "in the the<|im_end|>"
+    assert tokenizer.decode(answer.tokens) == "in the the"          # it is no part of the text
 
 
 def test_no_escape_character_of_the_model_reaches_the_terminal(tiny, terminal):
@@ -845,9 +917,9 @@ def test_no_escape_character_of_the_model_reaches_the_terminal(tiny, terminal):
     pairs = [tokens[first:first + 2] for first in range(0, len(tokens), 2)]
     for stream in (terminal, io.StringIO()):
         written = print_chunks(pairs, tokenizer, stream)
-        text = re.sub(PAINT + r"|\x1b\[0m", "", written)            # without our own commands
+        text = re.sub(rf"{PAINT}|{BADGE}|\x1b\[0m", "", written)    # without our own commands
         assert "\x1b" not in text
-        assert re.sub(r"\[\d\||\]|[¹²]", "", text).replace("[", "").startswith("a?2Jb?")
+        assert re.sub(r"\[\d\||\]", "", text).replace("[", "").startswith("a?2Jb?")
 
 
 def test_character_over_two_chunks_is_printed_once_and_whole(tiny, terminal):
@@ -906,6 +978,7 @@ def test_train_schedule_logs_evaluations_and_checkpoints(tiny, sums, tmp_path):
         sums, tiny, out, "--lr", 0.004, "--warmup", 4, "--cooldown", 2, "--steps", 6,
         "--log-every", 2, "--eval-every", 3, "--save-every", 1, "--eval-prompts", 3,
         "--max-new-tokens", 5)
+    assert f"{sums}: 12 rows to train on, 2 questions held out\n" in result.out     # of 14, not 3
     rows = log_rows(out, "train")
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert [row["lr"] for row in rows] == pytest.approx([0.002, 0.004, 0.002])
@@ -913,7 +986,7 @@ def test_train_schedule_logs_evaluations_and_checkpoints(tiny, sums, tmp_path):
     assert [row["step"] for row in evals] == [0, 3, 6]
     for row in evals:
         rate = row["tokens_per_forward"]
-        assert row["prompts"] == 3 and 1 <= rate <= 3
+        assert row["prompts"] == 2 and 1 <= rate <= 3
         assert all(0 <= row[key] <= 1 for key in ("accuracy", "accuracy_k1", "agreement_with_k1"))
         assert re.search(rf"step {row['step']}: .* {rate:.2f} tokens per forward", result.out)
         assert sum(map(int, re.findall(r"\[(\d)\|", row["sample"]))) == 5       # its limit
@@ -1025,17 +1098,29 @@ def test_train_limit(tiny, sums, tmp_path, monkeypatch):
         return chosen
 
     monkeypatch.setattr(training, "draw_rows", spy)
-    train_on(sums, tiny, tmp_path / "out", "--limit", 3, "--steps", 4, "--seed", 4)
+    result = train_on(sums, tiny, tmp_path / "out", "--limit", 3, "--steps", 4, "--seed", 4)
+    assert f"{sums}: 3 rows to train on, 2 questions held out\n" in result.out
     first, _ = data.load_data(str(sums), 2, seed=4)
     assert len(drawn) == 8 and set(drawn) == {row["question"] for row in first[:3]}
     train_on(sums, tiny, tmp_path / "all", "--limit", 99, "--steps", 1)     # as many as there are
 
 
+def test_train_on_all_rows(tiny, sums, tmp_path, monkeypatch):
+    """--eval-prompts 0: nothing is held out, so that --eval-every finds nothing to ask."""
+    monkeypatch.setattr(training, "evaluate", lambda *_: pytest.fail("there is nothing to ask"))
+    result = train_on(sums, tiny, tmp_path / "out", "--eval-prompts", 0, "--eval-every", 1,
+                      "--steps", 2)
+    assert f"{sums}: 14 rows to train on, 0 questions held out\n" in result.out
+    assert len(log_rows(tmp_path / "out", "train")) == 2 and not log_rows(tmp_path / "out", "eval")
+
+
 def test_train_minutes_stops_early_and_saves(tiny, sums, tmp_path):
     out = tmp_path / "out"
-    train_on(sums, tiny, out, "--steps", 100_000, "--minutes", 0.01, "--warmup", 0,
-             "--cooldown", 50_000)
+    result = train_on(sums, tiny, out, "--steps", 100_000, "--minutes", 0.01, "--warmup", 0,
+                      "--cooldown", 50_000)
     end, = log_rows(out, "end")
+    assert f"\n{end['step']} of 100000 steps; the newest" in result.out
+    assert result.out.endswith("\nto go on: the same command with --resume\n")
     assert 1 <= end["step"] < 100_000 and end["interrupted"] is False and end["minutes"] >= 0.01
     assert (out / "latest").resolve().name == f"step-{end['step']}"
     assert {row["lr"] for row in log_rows(out, "train")} == {2e-4}      # not cooling down yet

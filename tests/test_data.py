@@ -2,6 +2,7 @@
 common/data.py and common/wordproblems.py: the generator's arithmetic redone by hand, files and hub
 rows in their real schemas, and the promise that no question is on both sides of a split.
 """
+import functools
 import json
 import random
 import re
@@ -13,7 +14,8 @@ import pytest
 from conftest import ROOT
 
 from common.cli import InputError
-from common.data import load_data, load_questions, read_jsonl, read_questions, split_rows
+from common.data import (
+    is_same_file, load_data, load_questions, read_jsonl, read_questions, split_rows)
 from common.wordproblems import (
     BOXES, NAMES, PLACES, STRUCTURES, THINGS, WordProblems, calculate, draw_numbers, split_of,
     word_problem)
@@ -234,9 +236,10 @@ def test_typed_questions_and_files_of_them(tmp_path):
                                                 {"prompt": "sixth", "response": "b"}])
     assert read_questions(["first"], str(text), 0) == ["first", "third", "vierte für dich"]
     assert read_questions([], rows, 0) == ["fifth", "sixth"]
-    for seed in (0, 4):
-        unseen = WordProblems(seed, "validation")[0]["question"]
-        assert read_questions([], None, seed) == [unseen]
+    for seed, example in ((0, 0), (4, 0), (0, 7)):              # training shows the first ones
+        unseen = WordProblems(seed, "validation")
+        wanted = unseen[len(unseen) // 2 + example]["question"]
+        assert read_questions([], None, seed, example) == [wanted]
     text.write_text("\n")
     with pytest.raises(InputError, match="holds no questions"):
         read_questions([], str(text), 0)
@@ -245,7 +248,7 @@ def test_typed_questions_and_files_of_them(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # Training rows and held-out rows
 
-def grouped(groups=20, each=3):
+def grouped(groups=30, each=3):
     """Rows of MetaMath's kind: every original question asked `each` times."""
     return [{"question": f"{g} in words {i}", "answer": "x", "group": f"original {g}"}
             for i in range(each) for g in range(groups)]
@@ -256,7 +259,7 @@ def test_split_keeps_groups_whole():
         train, held_out = split_rows(grouped(), 6, seed)
         kept_back = {row["group"] for row in held_out}
         assert len(held_out) == 6 == len(kept_back)             # six different questions
-        assert len(train) == 14 * 3                             # their siblings are gone as well
+        assert len(train) == 24 * 3                             # their siblings are gone as well
         assert not {row["group"] for row in train} & kept_back
         assert all(row in grouped() for row in train + held_out)
 
@@ -274,19 +277,41 @@ def test_split_depends_on_the_seed_and_not_on_the_order():
 
 
 def test_duplicates_of_a_question_stay_together(tmp_path):
-    rows = [{"question": f"q{i % 10}", "answer": f"answer {i}"} for i in range(30)]
+    rows = [{"question": f"q{i % 20}", "answer": f"answer {i}"} for i in range(60)]
     train, held_out = load_data(write_rows(tmp_path / "rows.jsonl", rows), 4, seed=0)
-    assert len(held_out) == 4 and len(train) == 18
+    assert len(held_out) == 4 and len(train) == 48
     assert not {row["question"] for row in train} & {row["question"] for row in held_out}
 
 
-def test_too_few_questions():
-    """Five questions can spare four: one must be left to train on, however many rows there are."""
-    rows = grouped(groups=5, each=9)
-    assert len(split_rows(rows, 4, seed=0)[0]) == 9
-    for held_out in (5, 6, 100):
-        with pytest.raises(InputError, match=f"5 different questions cannot spare {held_out}"):
-            split_rows(rows, held_out, seed=0)
+@pytest.mark.parametrize("questions, wanted, held_out", [
+    (2, 1, 1), (2, 9, 1), (4, 2, 1), (9, 100, 1),               # one at least
+    (10, 1, 1), (10, 2, 2), (10, 3, 2), (14, 32, 2), (15, 32, 3), (1000, 32, 32),
+    (1, 0, 0), (10, 0, 0)])                                     # or none, where none is wanted
+def test_at_most_a_fifth_is_held_out(questions, wanted, held_out):
+    """Of the questions, however many rows they have."""
+    rows = grouped(questions, each=3)
+    train, others = split_rows(rows, wanted, seed=0)
+    assert len(others) == held_out and len(train) == 3 * (questions - held_out)
+
+
+def test_a_single_question():
+    for rows in (grouped(groups=1, each=1), grouped(groups=1, each=9)):
+        with pytest.raises(InputError, match="a single question .*add rows, or --eval-prompts 0"):
+            split_rows(rows, 1, seed=0)
+        assert split_rows(rows, 0, seed=0) == (rows, [])        # it can be trained on alone
+
+
+def test_is_same_file(tmp_path, monkeypatch):
+    """Two names of one JSONL file; of a data set that has splits there is no such file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "link.jsonl").symlink_to("rows.jsonl")
+    for name in ("rows.jsonl", "./rows.jsonl", str(tmp_path / "rows.jsonl"), "link.jsonl"):
+        assert is_same_file(name, "rows.jsonl") and is_same_file("rows.jsonl", name)
+    for name in ("other.jsonl", "sub/rows.jsonl", "gsm8k", None):
+        assert not is_same_file(name, "rows.jsonl") and not is_same_file("rows.jsonl", name)
+    for name in ("gsm8k", "wordproblems", None):
+        assert not is_same_file(name, name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,10 +337,10 @@ def hub(monkeypatch):
 def test_hub_gsm8k(hub):
     """Training takes the train split alone; questions are the test split's."""
     hub.rows = [{"question": f"q{i}?", "answer": f"1+{i} = <<1+{i}={1 + i}>>{1 + i}\n#### {1 + i}"}
-                for i in range(9)]
+                for i in range(11)]
     train, held_out = load_data("gsm8k", 2, seed=0)
     assert hub.asked == [("openai/gsm8k", "main", "train")]
-    assert (len(train), len(held_out)) == (7, 2)
+    assert (len(train), len(held_out)) == (9, 2)
     for row in train + held_out:
         i = int(row["question"][1:-1])
         assert row["answer"] == f"1+{i} = {1 + i}\n#### {1 + i}"
@@ -325,13 +350,21 @@ def test_hub_gsm8k(hub):
     assert (len(questions), len(examples)) == (4, 3)
 
 
+def test_hub_is_looked_for_before_its_library_asks(hub, monkeypatch):
+    look = functools.partial(hub.asked.append, "there?")
+    monkeypatch.setattr("common.data.offline_where_out_of_reach", look)
+    hub.rows = [{"question": "a", "answer": "1"}]
+    load_questions("gsm8k", 1, 0, seed=0)
+    assert hub.asked == ["there?", ("openai/gsm8k", "main", "test")]
+
+
 def test_hub_metamath(hub):
     hub.rows = [{"type": kind, "query": f"{kind} q{i}", "original_question": f"q{i}",
                  "response": f"The answer is: {i}"}
-                for kind in ("MATH_AnsAug", "GSM_Rephrased") for i in range(8)]
+                for kind in ("MATH_AnsAug", "GSM_Rephrased") for i in range(15)]
     train, held_out = load_data("metamath", 3, seed=0)
     assert hub.asked == [("meta-math/MetaMathQA", None, "train")]
-    assert (len(train), len(held_out)) == (10, 3)
+    assert (len(train), len(held_out)) == (24, 3)
     kept_back = {row["question"].split()[1] for row in held_out}
     assert not kept_back & {row["question"].split()[1] for row in train}
 

@@ -150,8 +150,8 @@ def test_summary_by_hand():
     assert (two["tokens_per_second"], two["seconds"]) == (3.0, 2.0)
     assert two["tokens_per_second_decoding"] == pytest.approx(2 / 1.5)
     assert evaluation.markdown(table).splitlines() == [
-        "| decoding | accuracy | vs k = 1 | tokens per forward | tokens/s (decoding) | speed-up "
-        "| cut off | same text | before first difference | loss under start |",
+        "| decoding | accuracy | vs k = 1 | tokens per forward | new tokens/s (after the prompt) "
+        "| speed-up | cut off | same text | before first difference | loss under start |",
         "|---|---|---|---|---|---|---|---|---|---|",
         "| start, k = 1 | 50.0 +- 50.0 |  | 1.00 +- 0.00 | 1.5 (1.3) | 1.00x | 50% |  |  | 0.500 |",
         "| k = 1 | 50.0 +- 50.0 | +0.0 +- 0.0 | 1.00 +- 0.00 | 1.5 (1.3) | 1.00x | 50% | 100% "
@@ -271,6 +271,47 @@ def test_run_and_resume(tiny, trained, tmp_path, monkeypatch, capsys):
         (row["strategy"], row["id"], row["tokens"]) for row in rows]
     # four batches were whole on disk, of two rows each
     assert asked == [(name, first) for first in (0, 2, 4) for name in names][4:]
+
+
+def test_passes_that_do_not_count(trained, tmp_path, monkeypatch):
+    """Every strategy writes a few tokens before any is timed: no row tells of them."""
+    calls, decode = [], evaluation.decode
+
+    def spy(model, tokenizer, prompts, strategy, *rest, **more):
+        results = decode(model, tokenizer, prompts, strategy, *rest, **more)
+        calls.append((strategy.name, prompts, [result.tokens for result in results]))
+        return results
+
+    monkeypatch.setattr(evaluation, "decode", spy)
+    evaluate(monkeypatch, "--model", trained, "--limit", 3, "--batch-size", 2, "--k", 2,
+             "--max-new-tokens", 20, "--out", tmp_path / "out")
+    warm, counted = calls[:2], calls[2:]
+    assert [name for name, *_ in calls] == ["k = 1", "static 2"] * 3        # and two batches
+    for _, prompts, (text,) in warm:
+        assert prompts == counted[0][1][:1] and 0 < len(text) <= 16
+    rows = rows_of(tmp_path / "out")[1]
+    written = [(name, text) for name, _, texts in counted for text in texts]
+    assert [(row["strategy"], row["tokens"]) for row in rows] == written
+    assert max(len(text) for _, text in written) > 16       # else a row could tell of such a pass
+
+
+def test_a_file_that_it_was_trained_on(tiny, tmp_path, monkeypatch, capsys):
+    """However it is named, the note says so; of another file, even a copy, and of the data set that
+    has a test split it says nothing."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.jsonl", "copy.jsonl"):
+        (tmp_path / name).write_text("".join(
+            json.dumps({"question": f"{a} + 3", "answer": f"#### {a + 3}"}) + "\n"
+            for a in range(9)))
+    model = train_briefly(tmp_path / "model", "--model", tiny, "--k", 2, "--data", "rows.jsonl")
+    for number, (data, noted) in enumerate({
+            "rows.jsonl": True, tmp_path / "rows.jsonl": True, "copy.jsonl": False,
+            "wordproblems": False}.items()):
+        capsys.readouterr()
+        evaluate(monkeypatch, "--model", model, "--data", data, "--limit", 1, "--k", 1,
+                 "--max-new-tokens", 1, "--out", tmp_path / str(number))
+        note = f"note: {model} was trained on this very file"
+        assert (note in capsys.readouterr().out) == noted, data
 
 
 def test_heads(tmp_path, monkeypatch):

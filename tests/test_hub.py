@@ -2,13 +2,16 @@
 common/hub.py: what a name resolves to, and every way it can fail, in one line and without leaving
 half a folder.
 
-No test here touches the network: pip and the hub are replaced, and the GGUF file inside the wheel
+No test here leaves this machine: pip and the hub are replaced, and the GGUF file inside the wheel
 is a tiny one made here.
 """
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 import sys
+import urllib.error
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, CONTROL, MERGES, TINY_VOCAB, tiny_vocabulary
+from conftest import CHATML, CONTROL, MERGES, ROOT, TINY_VOCAB, free_ports, tiny_vocabulary
 from safetensors.torch import load_file
 from test_files import entries, refused
 
@@ -135,6 +138,86 @@ def test_hub_errors(monkeypatch, name, words):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     refused(lambda: resolve("owner/model"), "owner/model", *words)
+
+
+@pytest.fixture
+def internet(monkeypatch):
+    """Stands in for `urlopen`, where nobody has said whether to look offline: answers, or raises
+    `.error`; `.asked` keeps what was asked."""
+    fake = SimpleNamespace(error=None, asked=[])
+
+    def urlopen(request, timeout):
+        fake.asked.append((request.get_method(), request.full_url, timeout))
+        if fake.error:
+            raise fake.error
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT"):      # set first: what is not there is not
+        monkeypatch.setenv(name, "1")                   # put back
+        monkeypatch.delenv(name)
+    return fake
+
+
+@pytest.mark.parametrize("error, offline", [
+    (None, False),
+    (urllib.error.HTTPError("https://huggingface.co", 403, "Forbidden", {}, None), False),
+    (urllib.error.URLError("no route to host"), True),
+    (TimeoutError("timed out"), True),
+    (ConnectionResetError("reset"), True),
+    (ValueError("unknown url type: 'nonsense'"), True)])
+def test_offline_where_the_hub_does_not_answer(internet, error, offline):
+    """An answer, even a refusal, is an answer. Asked is once, for some seconds."""
+    internet.error = error
+    hub.offline_where_out_of_reach(seconds=3)
+    assert os.environ.get("HF_HUB_OFFLINE") == ("1" if offline else None)
+    assert internet.asked == [("HEAD", "https://huggingface.co", 3)]
+    hub.offline_where_out_of_reach()
+    assert len(internet.asked) == (1 if offline else 2)         # what is known is not asked again
+
+
+@pytest.mark.parametrize("value", ["0", "1", ""])
+def test_who_has_decided_is_not_asked(internet, monkeypatch, value):
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    internet.error = urllib.error.URLError("no route to host")
+    hub.offline_where_out_of_reach()
+    assert os.environ["HF_HUB_OFFLINE"] == value and internet.asked == []
+
+
+def test_another_hub_is_asked(internet, monkeypatch):
+    """HF_ENDPOINT: a mirror. A name that is no address cannot be reached."""
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/hf")
+    hub.offline_where_out_of_reach()
+    (_, address, seconds), = internet.asked
+    assert address == "https://mirror.example/hf" and 0 < seconds <= 10
+    monkeypatch.setenv("HF_ENDPOINT", "no address")
+    hub.offline_where_out_of_reach()
+    assert os.environ["HF_HUB_OFFLINE"] == "1" and len(internet.asked) == 1
+
+
+OUT_OF_REACH = """
+from common.cli import InputError
+from common.hub import resolve
+try:
+    resolve("owner/model")
+except InputError as error:
+    print(error)
+import huggingface_hub.constants
+print(huggingface_hub.constants.HF_HUB_OFFLINE)
+"""
+
+
+def test_the_hub_is_asked_before_its_library_is_imported(tmp_path):
+    """Which reads HF_HUB_OFFLINE only then. In a process of its own, against a port of this machine
+    where nobody listens."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "no_proxy": "*",
+        "HF_ENDPOINT": f"http://127.0.0.1:{free_ports(1)[0]}"}
+    del environment["HF_HUB_OFFLINE"]
+    done = subprocess.run([sys.executable, "-c", OUT_OF_REACH], env=environment, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    refusal, offline = done.stdout.splitlines()
+    assert "cannot reach the hub for 'owner/model'" in refusal and offline == "True"
 
 
 def test_ctrl_c_is_no_hub_error(monkeypatch):

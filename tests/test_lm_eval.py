@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-eval is in requirements-dev.txt")
 
 from conftest import train_briefly  # noqa: E402
-from test_cli import cli  # noqa: E402
+from test_cli import assert_refused, cli  # noqa: E402
 
 import eval_gsm8k as evaluation  # noqa: E402
 from common.cli import InputError  # noqa: E402
@@ -145,6 +145,17 @@ def test_log_likelihoods_are_the_plain_models(trained, tasks):
     assert length > plain.config.max_position_embeddings
     total, = model.loglikelihood_rolling([long], disable_tqdm=True)
     assert -20 * length < total < 0
+
+
+def test_unknown_task_leaves_no_folder(trained, tasks, tmp_path):
+    """One line; nor is anything deleted that was there."""
+    flags = ("--tasks", "nosuch", "--include", tasks, "--model", trained)
+    assert_refused(cli(adapter, *flags, "--out", tmp_path / "out"), "nosuch")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert_refused(cli(adapter, *flags, "--out", tmp_path / "mine"), "nosuch")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 
 
 def test_registered_and_greedy(trained):

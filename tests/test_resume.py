@@ -260,6 +260,48 @@ def test_resume_of_nothing_starts_anew(common, tmp_path):
     assert newest(out) == 1 and log_rows(out, "start") and not log_rows(out, "resume")
 
 
+def test_log_without_a_checkpoint(common, tmp_path):
+    """A run that is on its way, or was killed before it saved anything: nobody else's folder, until
+    --resume says that it is to start anew."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "log.jsonl").write_text('{"event": "start", "step": 0}\n')
+    before = everything_under(tmp_path)
+    result = cli(training, *common, "--steps", 1, "--out", out)
+    assert_refused(result, f"{out} has the log of a run that has saved nothing")
+    assert everything_under(tmp_path) == before and len(log_rows(out, "start")) == 1
+    result = cli(training, *common, "--steps", 1, "--out", out, "--resume")
+    assert result.code == 0 and f"nothing to resume in {out}: starting anew\n" in result.out
+    assert newest(out) == 1 and log_rows(out, "start")[-1]["k"] == 3
+
+
+@pytest.mark.parametrize("way", ["whole", "minutes", "Ctrl-C"])
+def test_last_line_says_how_to_go_on(common, tmp_path, monkeypatch, way):
+    """Of a run that is not at its end. The line before says how far it is."""
+    out, draw, calls = tmp_path / "out", training.draw_rows, []
+
+    def draw_and_stop(*args):
+        calls.append(args)
+        if way == "Ctrl-C" and len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return draw(*args)
+
+    monkeypatch.setattr(training, "draw_rows", draw_and_stop)
+    clock = SimpleNamespace(perf_counter=lambda: 60.0 * len(calls))
+    monkeypatch.setattr(machine_module, "time", clock)
+    minutes = ["--minutes", 1.5] if way == "minutes" else []
+    result = cli(training, *common, "--steps", 3, "--out", out, *minutes)
+    assert result.code == (130 if way == "Ctrl-C" else 0)
+    done = 3 if way == "whole" else 2
+    *_, before, last = result.out.splitlines()
+    said = f"{done} of 3 steps; the newest checkpoint is {out / f'step-{done}'} "
+    assert (last if way == "whole" else before).startswith(said)
+    if way != "whole":
+        assert last == "to go on: the same command with --resume"
+        result = cli(training, *common, "--steps", 3, "--out", out, "--resume")
+        assert result.code == 0 and "to go on" not in result.out and newest(out) == 3
+
+
 @pytest.fixture(scope="module")
 def one_step(common, tmp_path_factory):
     """The --out of a run of one step: read it, never write to it."""

@@ -365,8 +365,10 @@ def test_speeds_and_summary(drafter):
     text = summary([batch])
     assert "27 tokens in 9 passes: 3.00 +- 0.00" in text
     assert "3 x 9" in text and "length x 3" in text
+    assert (f"{total / seconds:.1f} new tokens/s, the prompt's pass included; {decoding:.1f} from "
+            "the second pass on\n") in text
     # nothing behind the prompt's pass: no such speed
     one = summary([generate(drafter, tokens(), [[5, 6]], 1, max_new_tokens=1)])
-    assert "prompt pass included\n" in one and "nan" not in one
+    assert "the prompt's pass included\n" in one and "nan" not in one
     assert shared_prefix([1, 2, 3], [1, 2, 4]) == 2
     assert shared_prefix([1], [1, 2]) == 1 == shared_prefix([1, 2], [1])

@@ -318,6 +318,16 @@ def test_what_it_shows_is_kept(trained, tmp_path):
     assert viewer.page(shown) == out.read_text(encoding="utf-8")
 
 
+def test_page_has_the_name_of_the_run(trained, tmp_path):
+    """Whether its folder was given or the newest checkpoint, which are all called `latest`."""
+    few = ("How many?", "--max-new-tokens", 1, "--k", 1, "--out", tmp_path / "a.html")
+    for given in (trained, f"{trained}/", trained / "latest", f"{trained}/latest/"):
+        assert cli(viewer, *few, "--model", given).code == 0
+        assert embedded(tmp_path / "a.html")["model"] == "out" == trained.name
+    cli(viewer, *few, "--model", trained / "step-2")
+    assert embedded(tmp_path / "a.html")["model"] == "step-2"
+
+
 def test_the_command_of_a_log_can_be_pasted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["somewhere/studies/viewer.py", "How many?", "--k", "3"])
     command = machine(torch.device("cpu"))["command"]
