@@ -543,8 +543,9 @@ def decoded(monkeypatch):
 
     def spy(model, tokenizer, prompts, strategy, heads=None, **ending):
         results = decode(model, tokenizer, prompts, strategy, heads, **ending)
-        calls.append(SimpleNamespace(model=model, prompts=prompts, strategy=strategy, heads=heads,
-                                     ending=ending, results=results))
+        if "on_chunk" in ending:                            # else it only warms up, shown to nobody
+            calls.append(SimpleNamespace(model=model, prompts=prompts, strategy=strategy,
+                                         heads=heads, ending=ending, results=results))
         return results
 
     monkeypatch.setattr(speculate, "decode", spy)
@@ -852,7 +853,7 @@ def terminal(monkeypatch):
 
 
 PAINT = r"\x1b\[48;5;(\d+);38;5;16m"
-BADGE = re.escape(report.BADGE) + r"(\d+)"             # how many tokens, before their paint
+BADGE = re.escape(report.BADGE) + r"(\d+)\|"           # how many tokens, before their paint
 
 
 def print_chunks(chunks, tokenizer, stream, boxed=True):
@@ -866,7 +867,7 @@ def test_chunks_are_coloured_on_a_terminal(tiny, terminal):
     tokenizer = Tokenizer(tiny)
     chunks = [tokenizer.encode(text) for text in ("in the", "over\n1", " the")]
     written = print_chunks(chunks, tokenizer, terminal)
-    assert re.sub(r"\x1b\[[\d;]*m", "", written) == "2in the5over\n11 the"
+    assert re.sub(r"\x1b\[[\d;]*m", "", written) == "2|in the5|over\n11| the"
     assert [badge for badge, _ in re.findall(BADGE + PAINT, written)] == ["2", "5", "1"]
     assert written.startswith(report.BADGE) and not re.match(PAINT, report.BADGE)
     first, second, same, third = re.findall(PAINT, written)
@@ -961,9 +962,10 @@ def test_train_leaves_a_checkpoint_and_a_log(tiny, trained):
     assert start["k"] == 3 and start["seq_len"] == 200 and start["prompt_format"] == "chat"
     assert start["device"].startswith(("cpu", "cuda", "mps"))
     assert start["dtype"] in ("fp32", "bf16")                       # not "auto"
-    first, = log_rows(trained, "eval")
-    assert first["step"] == 0 and first["prompts"] == 2
-    assert re.match(r"\[[123]\|", first["sample"])
+    evals = log_rows(trained, "eval")
+    assert [row["step"] for row in evals] == [0, 2]         # before it begins, and of what came out
+    for row in evals:
+        assert row["prompts"] == 2 and re.match(r"\[[123]\|", row["sample"])
     assert [row["step"] for row in log_rows(trained, "train")] == [1, 2]
     end, = log_rows(trained, "end")
     assert end["step"] == 2 and end["interrupted"] is False

@@ -60,7 +60,7 @@ def test_beside_a_busy_program(machine, capsys):
     assert machine.free(2.0) == 2 and capsys.readouterr().err == ""
     assert machine.free(1.0) == 1
     note, = capsys.readouterr().err.splitlines()
-    assert note.startswith("note: other programs are busy") and "1 of 2 threads" in note
+    assert note.startswith("note: other programs") and "computing with 1 of 2 threads" in note
     assert [machine.free(count) for count in (2, 2, 1, 2, 2)] == [1] * 5    # never three in a row
     assert [machine.free(count) for count in (1, 2, 2, 2, 2)] == [1, 1, 1, 2, 2]
     assert machine.free(1.0) == 1                               # it comes back: nothing new to say
@@ -124,11 +124,11 @@ def test_decoding_looks(drafter, monkeypatch):
 
 
 def test_training_looks(tiny, tmp_path, monkeypatch):
-    """Before every step."""
+    """Before its log says how many threads there are, and before every step."""
     events, draw = [], training.draw_rows
-    cores = SimpleNamespace(look=lambda: events.append("a look"))
+    cores = SimpleNamespace(look=lambda **wait: events.append("a look" if not wait else wait))
     monkeypatch.setattr(training, "cores", cores)
     monkeypatch.setattr(training, "draw_rows", lambda *way: events.append("a step") or draw(*way))
     run_train("--model", tiny, "--k", 2, "--steps", 3, "--batch-size", 2, "--seq-len", 200,
               "--eval-every", 0, "--out", tmp_path / "out")
-    assert events == ["a look", "a step"] * 3
+    assert events == [{"wait": 0}] + ["a look", "a step"] * 3

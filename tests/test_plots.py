@@ -18,7 +18,7 @@ RUNS = ["tiny-k8", "tiny-k3", "tiny-heads4", "smollm2-gsm8k-k4/eval"]
 def drawn(request):
     """(table, figure, its axis) of one of our runs."""
     table = json.loads((ROOT / "results" / request.param / "table.json").read_text())["table"]
-    figure = pareto_plot(table)
+    figure = pareto_plot(table, "a model, its questions")
     figure.canvas.draw()
     yield table, figure, figure.axes[0]
     plt.close(figure)
@@ -50,12 +50,14 @@ def test_apart_at_random(seed):
 
 
 def test_names_do_not_overlap(drawn):
-    """Each above the frame, inside the picture, apart from all others and from the title."""
+    """Each above the frame, inside the picture, apart from all others, title and legend."""
     table, figure, axis = drawn
     names = [text for text in axis.texts if text.get_text()]
     assert sorted(text.get_text() for text in names) == sorted(e["strategy"] for e in table)
+    assert axis.get_title() == "a model, its questions"
     boxes = [text.get_window_extent() for text in [*names, axis.title]]
-    for one, other in itertools.combinations(boxes, 2):
+    legend = axis.get_legend().get_window_extent()
+    for one, other in itertools.combinations([*boxes, legend], 2):
         assert not one.overlaps(other)
     for box in boxes:
         assert box.y0 >= axis.get_window_extent().y1
@@ -63,7 +65,7 @@ def test_names_do_not_overlap(drawn):
 
 
 def test_points_and_axes(drawn):
-    """Every strategy is a point, joined to its own name; accuracy starts at 0."""
+    """Every strategy is a point, joined to its own name; small differences look small."""
     table, _, axis = drawn
     places = {e["strategy"]: (e["tokens_per_forward"], 100 * e["accuracy"]) for e in table}
     markers = [line for line in axis.lines if line.get_marker() in ("s", "o", "D", "*")]
@@ -74,17 +76,22 @@ def test_points_and_axes(drawn):
     for name in (text for text in axis.texts if text.get_text()):
         assert ends[name.get_position()[0]] == places[name.get_text()]
     low, high = axis.get_ylim()
-    assert low == 0 and high >= 100 * max(e["accuracy"] for e in table)
+    assert low == 0 or 0 < low <= high - 20
+    for e in table:
+        assert low <= 100 * (e["accuracy"] - e["stderr"])
+        assert high >= 100 * (e["accuracy"] + e["stderr"])
 
 
-@pytest.mark.parametrize("accuracy, stderr, questions", [
-    (0.0, 0.0, 10), (1.0, float("nan"), 1), (0.0, float("nan"), 1)])
-def test_little_to_draw(accuracy, stderr, questions):
-    """No right answer, or a single question, which has no standard error."""
-    entry = {"accuracy": accuracy, "stderr": stderr, "questions": questions}
-    figure = pareto_plot([entry | {"strategy": "k = 1", "tokens_per_forward": 1.0},
-                          entry | {"strategy": "static 2", "tokens_per_forward": 2.0}])
+@pytest.mark.parametrize("accuracies, questions", [
+    ((0.95, 0.41), 100), ((0.99, 0.98), 1000), ((0.0, 0.0), 10),
+    ((1.0, 1.0), 1), ((1.0, 0.0), 1)])                          # of one there is no standard error
+def test_what_the_axis_shows(accuracies, questions):
+    """All points, however far apart or near the ends."""
+    table = [{"strategy": name, "tokens_per_forward": k, "accuracy": accuracy,
+              "stderr": 0.01 if questions > 1 else float("nan"), "questions": questions}
+             for name, k, accuracy in zip(("k = 1", "static 2"), (1.0, 2.0), accuracies)]
+    figure = pareto_plot(table, "title")
     figure.canvas.draw()
     low, high = figure.axes[0].get_ylim()
-    assert low == 0 and high > 100 * accuracy
+    assert 0 <= low <= 100 * min(accuracies) and 100 * max(accuracies) < high <= 105
     plt.close(figure)

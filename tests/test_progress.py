@@ -40,25 +40,25 @@ def test_no_estimate_before_four_laps(clock):
     bar = Progress(total=10, disable=True)
     estimates = [run(clock, [3], 10, bar).estimate for _ in range(10)]
     assert estimates[:3] == [""] * 3 and estimates[-1] == ""
-    assert estimates[3:-1] == [f"about {3 * left} s left, " for left in (6, 5, 4, 3, 2, 1)]
+    assert estimates[3:-1] == [f"{3 * left} s left, " for left in (6, 5, 4, 3, 2, 1)]
 
 
 def test_first_lap_does_not_count(clock):
     """Of four laps the median is the last three's: with a fourth, slow one it would be 3."""
-    assert run(clock, [100, 2, 2, 4], 10).estimate == "about 12 s left, "
+    assert run(clock, [100, 2, 2, 4], 10).estimate == "12 s left, "
 
 
 def test_a_slow_lap_now_and_then_changes_nothing(clock):
     """The mean would say ten minutes."""
-    assert run(clock, [1, 1, 1, 1, 500, 1, 1, 1], 18).estimate == "about 10 s left, "
+    assert run(clock, [1, 1, 1, 1, 500, 1, 1, 1], 18).estimate == "10 s left, "
 
 
 def test_the_last_fifty_laps_count(clock):
     """A machine that becomes slower, for good."""
     bar = run(clock, [1] * 100, 200)
-    assert bar.estimate == "about 2 min left, "
-    assert run(clock, [4] * 24, 200, bar).estimate == "about 76 s left, "       # 24 of 50 laps
-    assert run(clock, [4] * 2, 200, bar).estimate == "about 5 min left, "       # 26 of 50
+    assert bar.estimate == "2 min left, "
+    assert run(clock, [4] * 24, 200, bar).estimate == "76 s left, "       # 24 of 50 laps
+    assert run(clock, [4] * 2, 200, bar).estimate == "5 min left, "       # 26 of 50
 
 
 def test_work_aside(clock):
@@ -71,9 +71,9 @@ def test_work_aside(clock):
                 clock.now += 30
         estimates[lap + 1] = run(clock, [2], 25, bar).estimate
     assert bar.laps == [2] * 25
-    assert estimates[4] == f"about {in_words(21 * 2 + 2 * 30)} left, "
-    assert estimates[12] == "about 56 s left, "                         # 13 laps and an evaluation
-    assert estimates[22] == "about 6 s left, "                          # three laps
+    assert estimates[4] == f"{in_words(21 * 2 + 2 * 30)} left, "
+    assert estimates[12] == "56 s left, "                         # 13 laps and an evaluation
+    assert estimates[22] == "6 s left, "                          # three laps
 
 
 def test_what_the_bar_shows(clock):
@@ -88,4 +88,4 @@ def test_what_the_bar_shows(clock):
     shown = out.getvalue().split("\r")
     early, late = ([part for part in shown if f" {done}/100 " in part][-1] for done in (3, 10))
     assert early.rstrip().endswith(", loss 0.31]") and "left" not in early
-    assert late.rstrip().endswith(", about 6 min left, loss 0.31]")
+    assert late.rstrip().endswith(", 6 min left, loss 0.31]")

@@ -168,7 +168,7 @@ def test_the_readmes_first_lines_are_the_logs():
         100 * many["k = 1"]["accuracy"], adaptive["tokens_per_forward"],
         100 * adaptive["accuracy"], lossless["tokens_per_forward"]) in text
     assert lossless["identical_text"] == 1.0
-    assert "({:.1f}% at {:.1f} tokens per pass, of 3 at most)".format(
+    assert "({:.1f}% at {:.1f} tokens per pass, of 3 at most; ".format(
         100 * own["adaptive 0.9"]["accuracy"], own["adaptive 0.9"]["tokens_per_forward"]) in text
 
 
