@@ -326,17 +326,18 @@ def main():
     total, hits = mine * len(contenders), []
     with file, Progress(total=total, unit="answer", disable=rank > 0) as bar:
         for number, first in enumerate(firsts[rank::world], 1):
-            batch = slice(first, first + args.batch_size)
+            batch, is_done = slice(first, first + args.batch_size), True
             for contender in contenders:
                 rows = done.get((contender.name, first))
                 if rows is None:
+                    is_done = False
                     rows = ask(contender, prompts[batch], golds[batch], first, setting)
                     file.write("".join(json.dumps(row) + "\n" for row in rows))
                     file.flush()
                 bar.update(len(rows))
                 if contender.name == PLAIN.name:
                     hits += [row["correct"] for row in rows]
-            bar.lap(left=len(firsts[rank::world]) - number)
+            bar.lap(left=len(firsts[rank::world]) - number, counts=not is_done)
             bar.say(f"{PLAIN.name}: {statistics.fmean(hits):.0%} of {len(hits)} right")
 
     # --- the table, once all rows are on disk

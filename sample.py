@@ -322,7 +322,8 @@ def main():
     print(f"{name}{after}, k_max {trained.get('k_max', 1)}")
     if not args.prompt and not args.data:
         print(f"an unseen word problem (another one: --seed {args.seed + 1})")
-    elif trained.get("data") == "wordproblems" or resolve(name) == resolve("tiny"):
+    elif tokenizer.free_id < 2000 and (trained.get("data") == "wordproblems"    # the tiny model
+                                       or resolve(name) == resolve("tiny")):
         print(f"note: this model knows {len(STRUCTURES)} kinds of word problems, in their own "
               "words (python -m common.data shows some). If yours is none of them, expect "
               "nonsense; --model smollm2-135m knows more")

@@ -572,7 +572,7 @@ def main():
     if resuming:
         step, saved = restore(state, student, optimizer), folder.resolve()
     listed = ", ".join(f"{name} {value}" for name, value in settings.items())
-    print(textwrap.fill(listed, 100) + "\n")
+    print(textwrap.fill(listed, 100, break_on_hyphens=False, break_long_words=False) + "\n")
     log.record("resume" if resuming else "start", step, **settings)
 
     # --- the loop, until Ctrl-C or the time is up; all ranks stop after the same step
@@ -611,8 +611,8 @@ def main():
         saved = save_checkpoint(out, step, save, student, optimizer, tokenizer, args)
     log.record("end", step, minutes=stop.minutes, interrupted=stop.interrupted,
                peak_memory_gb=peak_memory(device))
-    print(f"{step} of {args.steps} steps; the newest checkpoint is {saved} "
-          f"(python sample.py --model {out})")
+    newest = f"the newest checkpoint is {saved} (python sample.py --model {out})"
+    print(f"{step} of {args.steps} steps; " + (newest if saved else "nothing is saved"))
     if step < args.steps:
         print("to go on: the same command with --resume")
     parallel.leave()

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 main_file = getattr(sys.modules["__main__"], "__file__", None)
-ours = Path(__file__).resolve().parent.parent
-if sys.argv[0] == "-m" or (main_file and ours in Path(main_file).resolve().parents):
+root = Path(__file__).resolve().parent.parent
+ours = (root, root / "common", root / "studies")
+if sys.argv[0] == "-m" or (main_file and Path(main_file).resolve().parent in ours):
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

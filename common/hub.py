@@ -18,6 +18,7 @@ These are 4-bit weights (Q4_1, the embedding Q8_0) dequantised to fp32: they are
 bf16 weights that the hub publishes.
 """
 import hashlib
+import http.client
 import os
 import re
 import shutil
@@ -248,7 +249,7 @@ def offline_where_out_of_reach(seconds=5):
         urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=seconds)
     except urllib.error.HTTPError:                          # an answer is an answer
         pass
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -49,7 +49,7 @@ def pareto_plot(table, title):
     ends = [100 * (e["accuracy"] + sign * (e["stderr"] if e["questions"] > 1 else 0))
             for e in table for sign in (-1, 1)]
     low = max(0, 10 * math.floor(min(min(ends) - 2, max(ends) - 18) / 10))
-    axis.set_ylim(low, max(ends) + 2)
+    axis.set_ylim(low, max(max(ends) + 2, low + 20))
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
 
     points.sort()

@@ -38,16 +38,19 @@ class Progress(tqdm):
         shape = "{percentage:3.0f}% {bar:8} {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         super().__init__(bar_format=shape, dynamic_ncols=True, **settings)
         self.laps, self.since, self.estimate = [], time.perf_counter(), ""
-        self.aside_seconds, self.aside_every = 0.0, math.inf
+        self.aside_seconds, self.aside_every, self.since_aside = 0.0, math.inf, 0
 
-    def lap(self, left):
-        """A lap is done, `left` are to come."""
+    def lap(self, left, counts=True):
+        """A lap is done, `left` are to come. counts   False: an earlier run had done it already"""
         now = time.perf_counter()
-        self.laps.append(now - self.since)
+        if counts:
+            self.laps.append(now - self.since)
+            self.since_aside += 1
         self.since = now
         if len(self.laps) >= WARM and left:
             pace = statistics.median(self.laps[1:][-RECENT:])
-            seconds = left * pace + left // self.aside_every * self.aside_seconds
+            asides = (self.since_aside + left) // self.aside_every
+            seconds = left * pace + asides * self.aside_seconds
             self.estimate = f"{in_words(seconds)} left, "
         elif not left:
             self.estimate = ""
@@ -59,6 +62,7 @@ class Progress(tqdm):
         yield
         self.aside_seconds, self.aside_every = time.perf_counter() - began, every
         self.since += self.aside_seconds
+        self.since_aside = 0
 
     def say(self, text):
         """What else the bar shows."""

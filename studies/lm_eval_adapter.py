@@ -13,6 +13,7 @@ tokens: decoding plays no part in them. From Python:
 """
 import json
 import statistics
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -172,13 +173,14 @@ def main():
 
     model = NanoMTP(args.model, args.k, args.threshold, args.prompt_format or "text",
                     args.max_new_tokens, args.batch_size, args.device, args.dtype)
+    is_new = args.out and not Path(args.out).exists()
     out = cli.output_folder(args.out) if args.out else None
     try:
         results = simple_evaluate(
             model, tasks=args.tasks, num_fewshot=args.shots, limit=args.limit,
             task_manager=TaskManager(include_path=args.include), fewshot_random_seed=args.seed)
     except (ValueError, KeyError, OSError) as error:        # an unknown task, a hub out of reach
-        if out and not any(out.iterdir()):
+        if is_new:
             out.rmdir()
         raise InputError(f"lm-eval: {error}") from None
     print(make_table(results))
