@@ -145,6 +145,7 @@ def summarise(rows):
             "stderr": standard_error(hits),
             "accuracy_strict": statistics.fmean(row["correct_strict"] for row in own),
             "tokens_per_forward": statistics.fmean(rates),
+            "tokens": sum(map(len, texts)),
             "tokens_per_forward_std": statistics.stdev(rates) if len(own) > 1 else float("nan"),
             "tokens_per_second": whole,
             "tokens_per_second_decoding": decoding,
@@ -173,6 +174,15 @@ without the prompt's pass; speed-up: seconds of k = 1 / own seconds, all answers
 cut off: answers that reached --max-new-tokens; same text: as k = 1's; before first difference:
 share of k = 1's tokens; loss under start: of the text, nats per token, where --baseline names it.
 """
+
+
+def length_notes(table):
+    """A line for each strategy that writes far more or less than k = 1: its time tells little."""
+    plain = next(entry["tokens"] for entry in table if entry["strategy"] == PLAIN.name)
+    return "".join(
+        f"note: {entry['strategy']} wrote {entry['tokens'] / plain:.0%} of k = 1's tokens, so its "
+        "speed-up is not that of the decoding\n"
+        for entry in table if not 0.9 < entry["tokens"] / plain < 1.1)
 
 
 def markdown(table):
@@ -338,7 +348,7 @@ def main():
                 if contender.name == PLAIN.name:
                     hits += [row["correct"] for row in rows]
             bar.lap(left=len(firsts[rank::world]) - number, counts=not is_done)
-            bar.say(f"{PLAIN.name}: {statistics.fmean(hits):.0%} of {len(hits)} right")
+            bar.say(f"{PLAIN.name}: {statistics.fmean(hits):.1%} of {len(hits)} right")
 
     # --- the table, once all rows are on disk
     parallel.wait()
@@ -353,6 +363,7 @@ def main():
         conditions = (f"{name}, {args.data}, {len(questions)} questions in batches of "
                       f"{args.batch_size}; {machine(device)['device']}, {settings['dtype']}")
         text = f"{conditions}\n\n{markdown(table)}\n{LEGEND}"
+        text += length_notes(table)
         write_text(out / "table.md", text)
         from common.plots import pareto_plot            # here: matplotlib takes a second to load
         with cli.writing(out):

@@ -47,7 +47,7 @@ import torch
 from common.answers import Answers, check_prompts
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.data import read_questions
-from common.hub import default_model, resolve
+from common.hub import default_model, knows_word_problems_alone, resolve
 from common.machine import pick_device, pick_dtype
 from common.report import ChunkPrinter, chunks_of, shared_text, summary
 from common.tokenizer import Tokenizer
@@ -322,11 +322,10 @@ def main():
     print(f"{name}{after}, k_max {trained.get('k_max', 1)}")
     if not args.prompt and not args.data:
         print(f"an unseen word problem (another one: --seed {args.seed + 1})")
-    elif tokenizer.free_id < 2000 and (trained.get("data") == "wordproblems"    # the tiny model
-                                       or resolve(name) == resolve("tiny")):
+    elif knows_word_problems_alone(tokenizer):
         print(f"note: this model knows {len(STRUCTURES)} kinds of word problems, in their own "
               "words (python -m common.data shows some). If yours is none of them, expect "
-              "nonsense; --model smollm2-135m knows more")
+              "nonsense; --model smollm2-135m knows more, if not much")
     if not trained:
         print("note: this model has not been trained for several tokens per pass, so each pass "
               "emits one (train.py)")

@@ -38,12 +38,12 @@ from common.checkpoint import Log, find_run, load_trainer, restore, save_checkpo
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.data import draw_rows, encode_rows, load_data
 from common.files import read_json
-from common.hub import DEFAULT_MODEL, resolve
+from common.hub import DEFAULT_MODEL, knows_word_problems_alone, resolve
 from common.machine import (
     DTYPES, StopSignal, cores, dtype_name, keep_freed_memory, machine, peak_memory, pick_device,
     pick_dtype)
 from common.progress import Progress
-from common.report import acceptance_by_position, boxes, shared_text
+from common.report import acceptance_by_position, boxes, printable, shared_text
 from common.scoring import extract_flexible, gold_of, is_right
 from common.tokenizer import Tokenizer
 from heads import Backbone, Heads, head_loss, load_heads, make_head_batch, save_heads
@@ -368,7 +368,7 @@ def progress(done):
     """The numbers that matter, in a line of 80 columns: of slots (or heads) 1, 2 and the last."""
     shares = " ".join(f"{done.agreement[slot - 1]:.0%}"
                       for slot in sorted({1, min(2, done.k), done.k}))
-    return f"loss {done.loss:.2f}, agreement {shares}"
+    return f"k {done.k}, loss {done.loss:.2f}, agreement {shares}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def evaluate(student, teacher, tokenizer, rows, args):
                                                       [a.tokens for a in plain])
     rates = [result.tokens_per_forward for result in chunked]
     report["tokens_per_forward"] = sum(rates) / len(rates)
-    report["sample"] = boxes(tokenizer, chunked[0])
+    report["question"], report["sample"] = rows[0]["question"], boxes(tokenizer, chunked[0])
     return report
 
 
@@ -419,11 +419,12 @@ def in_words(step, report):
     if "accuracy" in report:
         line += (f"; at threshold 0.9 {report['accuracy']:.0%}, {report['tokens_per_forward']:.2f} "
                  f"tokens per forward, {report['agreement_with_k1']:.0%} of the text before the "
-                 f"first difference from k = 1\n{report['sample']}")
+                 f"first difference from k = 1\n{printable(report['question'])}\n"
+                 f"{report['sample']}")
     if "acceptance" in report:
         stood = ", ".join(f"{share:.0%}" for share in report["acceptance"])
         line += (f"; the same text at {report['tokens_per_forward']:.2f} tokens per forward; draft "
-                 f"1, 2, ... stood in {stood}\n{report['sample']}")
+                 f"1, 2, ... stood in {stood}\n{printable(report['question'])}\n{report['sample']}")
     return line + "\n"
 
 
@@ -552,6 +553,9 @@ def main():
         train = [train[i] for i in range(min(args.limit, len(train)))]
     print(f"{args.data}: {len(train):,} rows to train on, {len(held_out)} questions held out")
     check_lengths(train, tokenizer, start, args)
+    if args.data != "wordproblems" and knows_word_problems_alone(tokenizer):
+        print(f"note: {args.model} knows word problems alone, and self-distillation teaches it no "
+              "more: for rows of your own take --model smollm2-135m, or your checkpoint")
 
     # --- student, frozen teacher, optimiser
     state = load_trainer(out, args) if resuming else None
@@ -571,6 +575,7 @@ def main():
     step, saved = 0, None
     if resuming:
         step, saved = restore(state, student, optimizer), folder.resolve()
+        print(f"going on from {saved}")
     listed = ", ".join(f"{name} {value}" for name, value in settings.items())
     print(textwrap.fill(listed, 100, break_on_hyphens=False, break_long_words=False) + "\n")
     log.record("resume" if resuming else "start", step, **settings)

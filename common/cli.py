@@ -55,7 +55,7 @@ def run(main, resumes=False):
     except KeyboardInterrupt:
         end_bars()
         if resumes and os.environ.get("RANK", "0") == "0":
-            print("stopped; what was saved is kept: go on by the same command with --resume",
+            print("stopped; if anything was saved, the same command with --resume goes on from it",
                   file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:         # the reader of our output has left: | head

@@ -33,7 +33,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from common.cli import InputError
-from common.files import new_folder, write_json
+from common.files import new_folder, read_json, write_json
 
 DEFAULT_MODEL = "tiny"                                          # of what trains
 HERE = Path(__file__).resolve().parent.parent / "checkpoints"   # tiny and tiny-mtp
@@ -232,6 +232,12 @@ def cache_folder():
     """Where converted checkpoints are kept: $NANOMTP_CACHE, else ~/.cache/nanomtp."""
     cache = os.environ.get("NANOMTP_CACHE") or Path.home() / ".cache" / "nanomtp"
     return Path(cache).expanduser()
+
+
+def knows_word_problems_alone(tokenizer):
+    """Does this model have the vocabulary of `tiny`, made for word problems and nothing else?"""
+    own = tokenizer.files["tokenizer.json"]["model"]["vocab"]
+    return own == read_json(HERE / "tiny" / "tokenizer.json")["model"]["vocab"]
 
 
 def default_model():

@@ -505,7 +505,7 @@ def test_exit_codes(capsys, monkeypatch):
         raise error
 
     two_lines = InputError("two\n  lines")
-    stopped = "stopped; what was saved is kept: go on by the same command with --resume\n"
+    stopped = "stopped; if anything was saved, the same command with --resume goes on from it\n"
     for error, code, resumes, said in (
             (two_lines, 2, False, "error: two lines\n"), (two_lines, 2, True, "error: two lines\n"),
             (KeyboardInterrupt(), 130, False, ""), (KeyboardInterrupt(), 130, True, stopped)):
@@ -769,11 +769,16 @@ def test_sample_with_heads(headed, decoded, flags, expected):
 
 
 @pytest.mark.parametrize("model, knows", [
-    ("tiny-mtp", True), ("tiny", True), ("trained", True),      # on word problems
-    ("headed", False), ("none of ours", False)])
-def test_sample_says_what_a_tiny_model_knows(model, knows, tiny, trained, headed):
-    """To who types a question of another kind; of other models nothing is known."""
+    ("tiny-mtp", True), ("tiny", True), ("own rows", True),
+    ("trained", False), ("headed", False), ("none of ours", False)])
+def test_sample_says_what_a_tiny_model_knows(model, knows, tiny, trained, headed, sums, tmp_path):
+    """To who types a question of another kind, also after training on other rows, which says the
+    same; of other models nothing is known."""
     folder = {"trained": trained, "headed": headed[0], "none of ours": tiny}.get(model, model)
+    if model == "own rows":
+        folder = tmp_path / "out"
+        result = cli(training, "--data", sums, *QUICK, "--steps", 1, "--out", folder)
+        assert "note: tiny knows word problems alone" in result.out
     result = cli(sample, "Why is the sky blue?", "--model", folder, "--max-new-tokens", 1)
     assert result.code == 0
     notes = re.findall(r"note: this model knows .*", result.out)

@@ -128,6 +128,15 @@ def test_statistics():
     assert paired_interval([1, 0, 1], [1, 0, 1]) == (0, 0)
 
 
+def test_who_writes_less_than_k1_is_named():
+    """A strategy whose answers end early is fast for that."""
+    table = [{"strategy": "k = 1", "tokens": 100}, {"strategy": "static 2", "tokens": 95},
+             {"strategy": "static 5", "tokens": 30}, {"strategy": "adaptive 0.6", "tokens": 140}]
+    lines = evaluation.length_notes(table).splitlines()
+    assert [line.split(" wrote ")[1][:4] for line in lines] == ["30% ", "140%"]
+    assert [line.split(" wrote ")[0] for line in lines] == ["note: static 5", "note: adaptive 0.6"]
+
+
 def test_summary_by_hand():
     """Two questions in one batch: a table of three rows, and what of it people see."""
     def rows(texts, chunks, seconds, correct, losses):

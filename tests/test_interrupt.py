@@ -142,7 +142,7 @@ def test_interrupted_work_says_how_it_goes_on(script, tmp_path, monkeypatch, cap
         patch.setattr(module, name, interrupted(getattr(module, name), calls))
         assert as_script(script, *flags, "--out", out) == 130
     *_, last = capsys.readouterr().err.splitlines()
-    assert last == "stopped; what was saved is kept: go on by the same command with --resume"
+    assert last == "stopped; if anything was saved, the same command with --resume goes on from it"
     again, real = [], getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args, **more: again.append(1) or real(*args, **more))
     assert as_script(script, *flags, "--out", out, "--resume") == 0 and len(again) == left
