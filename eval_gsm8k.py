@@ -32,7 +32,7 @@ from common import parallel
 from common.answers import Answer, check_prompts
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.data import is_same_file, load_questions
-from common.files import read_json, write_json, write_text
+from common.files import read_json, read_note, write_json, write_text
 from common.hub import default_model, resolve
 from common.machine import machine, pick_device, pick_dtype
 from common.progress import Progress
@@ -232,7 +232,7 @@ def get_args():
     add = parser.add_argument_group("decoding strategies").add_argument
     add("--k", type=int, nargs="+",
         help="static k, one or several (1 to 5, up to k_max, where --threshold is absent too)")
-    add("--threshold", type=float, nargs="+",
+    add("--threshold", type=cli.number, nargs="+",
         help="adaptive, one or several (0.99 0.95 0.9 0.8 0.7 0.6)")
     add("--lossless", action=SWITCH, default=False, help="also lossless decoding, up to k_max")
     add("--narrow", action=SWITCH, default=False, help="also its narrow form")
@@ -277,13 +277,13 @@ def main():
 
     # --- the questions
     name = args.model or default_model()
-    trained = read_json(resolve(name) / "config.json").get("nanomtp", {})
+    trained = read_note(read_json(resolve(name) / "config.json"))
     if args.data is None:
         on_problems = trained.get("data") == "wordproblems" or resolve(name) == resolve("tiny")
         args.data = "wordproblems" if on_problems else "gsm8k"
     if is_same_file(args.data, trained.get("data")):
-        print(f"note: {name} was trained on this very file, all but a few held-out rows: what "
-              "follows says little about questions that it has not seen")
+        cli.say(f"note: {name} was trained on this very file, all but a few held-out rows: what "
+                "follows says little about questions that it has not seen")
     questions, examples = load_questions(args.data, args.limit, args.shots, args.seed)
     model, tokenizer, trained, heads = load(name, device, dtype)
     if heads and args.narrow:
@@ -322,8 +322,9 @@ def main():
     with cli.writing(out):
         file = open_rows(out / "rows.jsonl", settings, args.resume)
     done = read_rows(out / "rows.jsonl")
-    print(f"{name}, k_max {trained.get('k_max', 1)}: {len(questions)} questions, {len(contenders)} "
-          f"strategies; the first prompt:\n\n{tokenizer.decode(prompts[0]).strip()}\n")
+    cli.say(f"{name}, k_max {trained.get('k_max', 1)}: {len(questions)} questions, "
+            f"{len(contenders)} strategies; the first prompt:\n\n"
+            f"{tokenizer.decode(prompts[0]).strip()}\n")
 
     # --- a few tokens that do not count: the first passes of a process are slow
     for contender in contenders:
@@ -369,7 +370,7 @@ def main():
         with cli.writing(out):
             figure = pareto_plot(table, f"{name}, {args.data}, {len(questions)} questions")
             figure.savefig(out / "pareto.png", dpi=150)
-        print(f"\n{text}\n{out}/table.md, table.json, pareto.png, rows.jsonl")
+        cli.say(f"\n{text}\n{out}/table.md, table.json, pareto.png, rows.jsonl")
     parallel.leave()
 
 

@@ -54,7 +54,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common.cli import InputError
-from common.files import read_json, read_weights, write_json
+from common.files import field, read_json, read_note, read_weights, write_json
 from model import (
     Block, Config, Fused, KVCache, RMSNorm, fuse, input_major, rope_frequencies, run_blocks,
     save_pretrained)
@@ -428,12 +428,10 @@ def save_heads(heads, backbone, start, folder, weights=None):
 def load_heads(folder, dtype=torch.float32, device="cpu"):
     """Heads of a Hugging Face folder, or None where it has none. InputError for a damaged one."""
     raw = read_json(Path(folder) / "config.json")
-    depth = raw.get("num_mtp_layers") or 0
-    if type(depth) is not int:
-        raise InputError(f"{folder}/config.json: num_mtp_layers must be a whole number")
+    depth = field(raw, "num_mtp_layers", int, 0, least=0, most=1000)
     if depth == 0:
         return None
-    loop = raw.get("nanomtp", {}).get("loop", False)
+    loop = read_note(raw).get("loop", False)
     heads, weights = Heads(Config.from_dict(raw), depth, loop), read_weights(folder)
     for d, head in enumerate(heads.heads, 1):
         own = {}

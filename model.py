@@ -26,13 +26,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from common.cli import InputError
-from common.files import read_json, read_weights, write_json
+from common.files import field, read_json, read_weights, write_json
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+MOST = 10 ** 8                      # no size is meant to be larger
 
 
 @dataclass
@@ -68,39 +69,47 @@ class Config:
 
         # transformers 5 keeps all of it in `rope_parameters`; 4 has a top-level theta and an
         # optional `rope_scaling`
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-        rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+        rope = field(raw, "rope_parameters", dict, {}) or field(raw, "rope_scaling", dict, {})
+        rope = {"rope_type": rope.get("type"), "rope_theta": raw.get("rope_theta")} | rope
+        rope["rope_type"] = field(rope, "rope_type", str, "default")
+        rope["rope_theta"] = field(rope, "rope_theta", float, 10000.0, least=1, most=1e12)
         if rope["rope_type"] not in ("default", "llama3"):
             raise InputError(f"unsupported rope type {rope['rope_type']!r} (supported: default, "
                              "llama3)")
         if rope["rope_type"] == "llama3":
             for name in LLAMA3_ROPE:
-                if name not in rope:
-                    raise InputError(f"config.json lacks {name!r}")
+                rope[name] = field(rope, name, float, least=1e-3, most=MOST)
+            if rope["high_freq_factor"] <= rope["low_freq_factor"]:
+                raise InputError("config.json: high_freq_factor must be above low_freq_factor")
 
-        try:
-            heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-            bias = bool(raw.get("attention_bias", False))
-            return cls(
-                vocab_size=raw["vocab_size"],
-                hidden_size=hidden,
-                intermediate_size=raw["intermediate_size"],
-                num_hidden_layers=raw["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
-                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-                max_position_embeddings=raw.get("max_position_embeddings", 2048),
-                rope=rope,
-                tie_word_embeddings=raw.get("tie_word_embeddings", False),
-                qkv_bias=bias or family == "qwen2",         # Qwen2 has it and does not say so
-                o_bias=bias and family != "qwen2",
-                mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
-                qk_norm=family == "qwen3",
-                raw=raw)
-        except KeyError as error:
-            raise InputError(f"config.json lacks {error}") from None
+        def size(name, default=None):
+            return field(raw, name, int, default, least=1, most=MOST)
+
+        def switch(name):
+            return field(raw, name, bool, False)
+
+        heads, hidden = size("num_attention_heads"), size("hidden_size")
+        config = cls(
+            vocab_size=size("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=size("intermediate_size"),
+            num_hidden_layers=size("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=size("num_key_value_heads", heads),
+            head_dim=size("head_dim", 128 if family == "qwen3" else max(1, hidden // heads)),
+            rms_norm_eps=field(raw, "rms_norm_eps", float, 1e-6, least=0, most=1),
+            max_position_embeddings=size("max_position_embeddings", 2048),
+            rope=rope,
+            tie_word_embeddings=switch("tie_word_embeddings"),
+            qkv_bias=switch("attention_bias") or family == "qwen2",     # which does not say so
+            o_bias=switch("attention_bias") and family != "qwen2",
+            mlp_bias=family == "llama" and switch("mlp_bias"),
+            qk_norm=family == "qwen3",
+            raw=raw)
+        if heads % config.num_key_value_heads or config.head_dim % 2:
+            raise InputError("config.json: num_key_value_heads must divide num_attention_heads, "
+                             "and head_dim must be even")
+        return config
 
 
 # --------------------------------------------------------------------------------------------------
@@ -503,7 +512,7 @@ class Transformer(nn.Module):
         # --- layers behind the last one are no part of the model: heads.py, DeepSeek-V3 and others
         # keep multi-token heads there
         layers = config.num_hidden_layers
-        for layer in range(layers, layers + int(config.raw.get("num_mtp_layers") or 0)):
+        for layer in range(layers, layers + field(config.raw, "num_mtp_layers", int, 0, 0, 1000)):
             beyond = f"model.layers.{layer}."
             weights = {name: x for name, x in weights.items() if not name.startswith(beyond)}
 

@@ -37,7 +37,6 @@ code for that is in common/answers.py. What `--lossless` does is in speculate.py
 Shapes: B rows still decoding, T fed tokens, S places in the cache, V vocabulary.
 """
 import functools
-import math
 from typing import NamedTuple
 
 from common import cli              # before torch: Ctrl-C while that is loading ends quietly
@@ -47,6 +46,7 @@ import torch
 from common.answers import Answers, check_prompts
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.data import read_questions
+from common.files import read_note
 from common.hub import default_model, knows_word_problems_alone, resolve
 from common.machine import pick_device, pick_dtype
 from common.report import ChunkPrinter, chunks_of, shared_text, summary
@@ -193,7 +193,7 @@ def load(name, device, dtype):
     it was not trained here; heads of heads.py, or None)."""
     folder = resolve(name)
     model = Transformer.from_pretrained(folder, dtype, device).eval().fuse()
-    heads, note = load_heads(folder, dtype, device), model.config.raw.get("nanomtp", {})
+    heads, note = load_heads(folder, dtype, device), read_note(model.config.raw)
     if heads:
         heads.eval().fuse()
         note = note | {"k_max": heads.depth + 1}        # also of heads that were not trained here
@@ -229,8 +229,6 @@ def choose_strategy(k, threshold, k_max, lossless=None, heads=None):
         lossless = "heads"
     if k is None and threshold is None and not lossless:
         threshold = 0.9
-    if threshold is not None and not math.isfinite(threshold):
-        raise InputError(f"--threshold {threshold} is no probability")
     if k is not None and not 1 <= k <= k_max:
         raise InputError(f"--k {k}: this checkpoint was trained for 1 to {k_max} tokens per pass")
     k = k or k_max
@@ -256,11 +254,11 @@ def get_args():
         help="emit only what the next pass has verified: the text of --k 1")
     add("--narrow", action=SWITCH, default=False,
         help="lossless: mask tokens behind the last draft only, not behind each")
-    add("--temperature", type=float, default=0.0,
+    add("--temperature", type=cli.number, default=0.0,
         help="draw tokens from the softmax at this temperature: with --k 1, or, several per pass, "
         "where drafts are verified: --lossless, heads (%(default)s: greedy)")
     add("--top-k", type=int, default=0, help="draw from the k most likely (%(default)s: all)")
-    add("--top-p", type=float, default=1.0,
+    add("--top-p", type=cli.number, default=1.0,
         help="draw from the fewest that hold this share (%(default)s: all)")
     add("--max-new-tokens", type=int, default=256, help="(%(default)s)")
     add("--stop", action="append", default=[], help="a string that ends an answer; repeatable")
@@ -296,11 +294,11 @@ def answer_all(decode, questions, prompts, tokenizer, batch_size, boxed):
         batch = slice(first, first + batch_size)
         printer = ChunkPrinter(tokenizer, boxed=boxed) if len(prompts) == 1 else None
         if printer:
-            print(f"\n{questions[0]}\n")
+            cli.say(f"\n{questions[0]}\n")
         results = decode(prompts[batch], printer and (lambda row, new: printer(new)))
         for question, result in zip(questions[batch], results):
             if not printer:
-                print(f"\n{question}\n")
+                cli.say(f"\n{question}\n")
                 each = ChunkPrinter(tokenizer, boxed=boxed)
                 for chunk in chunks_of(result):
                     each(chunk)
@@ -319,7 +317,7 @@ def main():
     name = args.model or default_model()
     model, tokenizer, trained, heads = load(name, device, pick_dtype(args.dtype, device))
     after = f" after {trained['steps']} steps" if "steps" in trained else ""
-    print(f"{name}{after}, k_max {trained.get('k_max', 1)}")
+    cli.say(f"{name}{after}, k_max {trained.get('k_max', 1)}")
     if not args.prompt and not args.data:
         print(f"an unseen word problem (another one: --seed {args.seed + 1})")
     elif knows_word_problems_alone(tokenizer):

@@ -34,7 +34,8 @@ from common import cli              # before torch: Ctrl-C while that is loading
 import torch
 
 from common import parallel
-from common.checkpoint import Log, find_run, load_trainer, restore, save_checkpoint
+from common.checkpoint import (
+    Checkpoints, Log, find_run, hash_of_rows, load_trainer, restore)
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.data import draw_rows, encode_rows, load_data
 from common.files import read_json
@@ -43,7 +44,8 @@ from common.machine import (
     DTYPES, StopSignal, cores, dtype_name, keep_freed_memory, machine, peak_memory, pick_device,
     pick_dtype)
 from common.progress import Progress
-from common.report import acceptance_by_position, boxes, printable, shared_text
+from common.records import fingerprint
+from common.report import acceptance_by_position, boxes, shared_text
 from common.scoring import extract_flexible, gold_of, is_right
 from common.tokenizer import Tokenizer
 from heads import Backbone, Heads, head_loss, load_heads, make_head_batch, save_heads
@@ -118,10 +120,10 @@ def get_args():
         help="widen k from 2 to k_max over the first N steps (%(default)s: off)")
     add("--stride", type=int, default=3,
         help="an anchor every so many tokens of the answer (%(default)s)")
-    add("--slot1-weight", type=float, default=1.0,
+    add("--slot1-weight", type=cli.number, default=1.0,
         help="of slot 1 in the loss; above 1 the text of k = 1 keeps closer to the start's "
         "(%(default)s)")
-    add("--prefix-loss", type=float, default=0.0,
+    add("--prefix-loss", type=cli.number, default=0.0,
         help="weight of ordinary next-token training on the answers beside the loss, a mean over "
         "their tokens; the authors also count the prompts' (%(default)s)")
     add("--bidirectional", action=SWITCH, default=False,
@@ -132,30 +134,30 @@ def get_args():
     add("--loop", action=SWITCH, default=False, help="one head's weights serve all depths")
     add("--extend", action=SWITCH, default=False,
         help="--model has half as many heads: copy them behind themselves, train the copies only")
-    add("--kl-weight", type=float, default=1.0,
+    add("--kl-weight", type=cli.number, default=1.0,
         help="of the distance to the model's distribution, beside cross-entropy (%(default)s)")
     add("--kl-top", type=int, default=256,
         help="that distance is among the model's N most likely tokens (%(default)s)")
     add("--draft-vocab", type=int, default=0,
         help="draft only the N most frequent tokens of the rows (%(default)s: any)")
-    add("--keep-gb", type=float, default=4.0,
+    add("--keep-gb", type=cli.number, default=4.0,
         help="memory for hidden states of rows that come again (%(default)s; 0: read them again)")
 
     add = parser.add_argument_group("optimisation (AdamW)").add_argument
-    add("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s)")
+    add("--lr", type=cli.number, default=1e-3, help="peak learning rate (%(default)s)")
     add("--warmup", type=int, default=20, help="steps of linear warm-up (%(default)s)")
     add("--cooldown", type=int, default=300,
         help="last steps, linearly down to 0; at most half of all (%(default)s)")
-    add("--beta2", type=float, default=0.95, help="of AdamW, beside 0.9 (%(default)s)")
-    add("--weight-decay", type=float, default=0.1, help="on matrices only (%(default)s)")
-    add("--clip", type=float, default=1.0, help="largest gradient norm (%(default)s; 0: any)")
+    add("--beta2", type=cli.number, default=0.95, help="of AdamW, beside 0.9 (%(default)s)")
+    add("--weight-decay", type=cli.number, default=0.1, help="on matrices only (%(default)s)")
+    add("--clip", type=cli.number, default=1.0, help="largest gradient norm (%(default)s; 0: any)")
     add("--batch-size", type=int, default=32, help="sequences per step (%(default)s)")
     add("--micro-batch-size", type=int, default=16,
         help="sequences per pass; gradients accumulate (%(default)s)")
     add("--seq-len", type=int, default=224,
         help="longest text, tokens; longer answers are cut (%(default)s)")
     add("--steps", type=int, default=700, help="the schedule follows this number (%(default)s)")
-    add("--minutes", type=float,
+    add("--minutes", type=cli.number,
         help="stop, and save, after so many minutes; the schedule does not change")
 
     add = parser.add_argument_group("evaluation, logs, machine").add_argument
@@ -181,9 +183,6 @@ def get_args():
                  log_every=1, save_every=1, eval_prompts=0, max_new_tokens=1, warmup=0, cooldown=0,
                  curriculum=0, eval_every=0, weight_decay=0, prefix_loss=0, slot1_weight=0, clip=0,
                  lr=0, minutes=0, heads=1, kl_weight=0, kl_top=1, draft_vocab=0, keep_gb=0)
-    for name in ("lr", "weight_decay", "prefix_loss", "slot1_weight", "clip", "kl_weight"):
-        if not math.isfinite(getattr(args, name)):
-            raise InputError(f"--{name.replace('_', '-')} must be a finite number")
     if args.lr == 0 or args.minutes == 0:
         raise InputError("--lr and --minutes must be above 0")
     if not 0 < args.beta2 < 1:
@@ -192,6 +191,8 @@ def get_args():
         raise InputError("--k must be at least 2: with k = 1 there is nothing to distil (ordinary "
                          "next-token training is --k 1 --targets ground-truth)")
     check_method(args, parser)
+    if args.stride > args.seq_len:
+        raise InputError("--stride above --seq-len leaves nearly all rows without an anchor")
     if args.eval_prompts == 0:
         args.eval_every = 0
     if args.fsdp and parallel.rank_and_world()[1] == 1:
@@ -419,12 +420,13 @@ def in_words(step, report):
     if "accuracy" in report:
         line += (f"; at threshold 0.9 {report['accuracy']:.0%}, {report['tokens_per_forward']:.2f} "
                  f"tokens per forward, {report['agreement_with_k1']:.0%} of the text before the "
-                 f"first difference from k = 1\n{printable(report['question'])}\n"
-                 f"{report['sample']}")
+                 "first difference from k = 1")
     if "acceptance" in report:
         stood = ", ".join(f"{share:.0%}" for share in report["acceptance"])
         line += (f"; the same text at {report['tokens_per_forward']:.2f} tokens per forward; draft "
-                 f"1, 2, ... stood in {stood}\n{printable(report['question'])}\n{report['sample']}")
+                 f"1, 2, ... stood in {stood}")
+    if "sample" in report:
+        line += f"\n{cli.printable(report['question'])}\n{report['sample']}"
     return line + "\n"
 
 
@@ -437,6 +439,8 @@ def check_lengths(train, tokenizer, start, args):
     if args.seq_len > context:
         raise InputError(f"--seq-len {args.seq_len} is beyond the model's context of {context} "
                          "tokens")
+    if max(args.k, args.heads or 0) >= context:
+        raise InputError(f"--k or --heads is beyond the model's context of {context} tokens")
     some = [train[i] for i in range(min(100, len(train)))]
     fitting = encode_rows(some, tokenizer, args.prompt_format, args.seq_len)
     if not fitting:
@@ -551,14 +555,17 @@ def main():
     train, held_out = load_data(args.data, args.eval_prompts, args.seed)
     if args.limit:
         train = [train[i] for i in range(min(args.limit, len(train)))]
-    print(f"{args.data}: {len(train):,} rows to train on, {len(held_out)} questions held out")
+    cli.say(f"{args.data}: {len(train):,} rows to train on, {len(held_out)} questions held out")
     check_lengths(train, tokenizer, start, args)
     if args.data != "wordproblems" and knows_word_problems_alone(tokenizer):
-        print(f"note: {args.model} knows word problems alone, and self-distillation teaches it no "
-              "more: for rows of your own take --model smollm2-135m, or your checkpoint")
+        cli.say(f"note: {args.model} knows word problems alone, and self-distillation teaches it "
+                "no more: for rows of your own take --model smollm2-135m, or your checkpoint")
+    inputs = {"data": hash_of_rows(train)}                  # beside the flags; the same on --resume
+    if not args.random_init:
+        inputs["start weights"] = fingerprint(start)
 
-    # --- student, frozen teacher, optimiser
-    state = load_trainer(out, args) if resuming else None
+    # --- student, frozen teacher, optimiser; nothing is written before all of it fits
+    state = load_trainer(out, args, inputs) if resuming else {"step": 0, "checkpoints": []}
     folder = out / "latest" if resuming else start
     if args.heads:
         student, teacher = load_for_heads(start, folder, train, tokenizer, args, device)
@@ -569,15 +576,15 @@ def main():
     cores.look(wait=0)                                      # fewer threads beside other programs
     settings = {"parameters": sum(p.numel() for p in student.parameters()), **vars(args),
                 "processes": world, **machine(device)}
-    log = Log(out)
     wrapped = spread(student, teacher, args, device)
     optimizer = make_optimizer(student, args)
-    step, saved = 0, None
     if resuming:
-        step, saved = restore(state, student, optimizer), folder.resolve()
-        print(f"going on from {saved}")
+        restore(state, student, optimizer)
+        cli.say(f"going on from {out}/step-{state['step']}")
+    step, checkpoints = state["step"], Checkpoints(out, args, inputs, state["checkpoints"])
+    log = Log(out)                                          # from here on `out` is ours alone
     listed = ", ".join(f"{name} {value}" for name, value in settings.items())
-    print(textwrap.fill(listed, 100, break_on_hyphens=False, break_long_words=False) + "\n")
+    cli.say(textwrap.fill(listed, 100, break_on_hyphens=False, break_long_words=False) + "\n")
     log.record("resume" if resuming else "start", step, **settings)
 
     # --- the loop, until Ctrl-C or the time is up; all ranks stop after the same step
@@ -591,7 +598,7 @@ def main():
             bar.write(in_words(step, report))
             log.record("eval", step, minutes=stop.minutes, **report)
         if step > first and step % args.save_every == 0:
-            saved = save_checkpoint(out, step, save, student, optimizer, tokenizer, args)
+            checkpoints.save(step, save, student, optimizer, tokenizer)
         if step == args.steps or parallel.any_rank(stop.asked, device):
             break
         cores.look()
@@ -600,7 +607,7 @@ def main():
         except FloatingPointError as error:
             bar.close()
             sys.exit(f"step {step + 1}: {error}; stopped. The last good checkpoint is "
-                     f"{saved or 'none'} (try a lower --lr)")
+                     f"{checkpoints.newest or 'none'} (try a lower --lr)")
         step += 1
         if step == first + 1:
             bar.write(arithmetic(step, done, args))
@@ -613,11 +620,12 @@ def main():
 
     # --- the end: nothing is lost
     if step > first and step % args.save_every:
-        saved = save_checkpoint(out, step, save, student, optimizer, tokenizer, args)
+        checkpoints.save(step, save, student, optimizer, tokenizer)
     log.record("end", step, minutes=stop.minutes, interrupted=stop.interrupted,
                peak_memory_gb=peak_memory(device))
+    saved = checkpoints.newest
     newest = f"the newest checkpoint is {saved} (python sample.py --model {out})"
-    print(f"{step} of {args.steps} steps; " + (newest if saved else "nothing is saved"))
+    cli.say(f"{step} of {args.steps} steps; " + (newest if saved else "nothing is saved"))
     if step < args.steps:
         print("to go on: the same command with --resume")
     parallel.leave()

@@ -38,12 +38,13 @@ class Answer:
 
 
 def check_prompts(prompts, model):
-    """InputError for an empty prompt, or one that leaves no room in the model's context."""
+    """InputError for an empty prompt, or one that leaves no room in the model's context: before
+    any of them is answered."""
     context = model.config.max_position_embeddings
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts, 1):
         if not 0 < len(prompt) < context:
-            raise InputError(f"a prompt of {len(prompt)} tokens does not fit the model's context "
-                             f"of {context} tokens")
+            raise InputError(f"question {number} has {len(prompt)} tokens as a prompt, which does "
+                             f"not fit the model's context of {context} tokens: leave it out")
 
 
 class Answers:

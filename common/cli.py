@@ -10,18 +10,46 @@ The command line: flags that several scripts share, and bad input as one line.
 stderr, exit code 2. Anything else is a bug and keeps its traceback.
 """
 import argparse
+import contextlib
+import fcntl
+import math
 import os
+import re
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 SWITCH = argparse.BooleanOptionalAction     # --flag and --no-flag (type=bool reads "False" as True)
 
+# No count is meant to be larger: memory would run full before anything came of it
+MOST = {"batch_size": 10 ** 5, "micro_batch_size": 10 ** 5, "eval_prompts": 10 ** 5, "shots": 1000,
+        "k": 1000, "heads": 1000, "seq_len": 10 ** 6, "max_new_tokens": 10 ** 6}
+
 
 class InputError(Exception):
     """Bad input. The message is one line: what is wrong, and what to do about it."""
+
+
+def number(text):
+    """The type of flags that take any finite number: float("nan") and float("inf") are none."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+
+
+def printable(text):
+    """Text from outside, ready for a terminal: control characters but newline and tab become "?".
+
+    Prompts, rows, names in files, and what a model writes give no commands to a terminal.
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", str(text))
+
+
+def say(text):
+    """print, for what may hold names, prompts or rows from outside."""
+    print(printable(text))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -31,6 +59,14 @@ class ArgumentParser(argparse.ArgumentParser):
         """prog   as it follows "python": "train.py", "-m studies.bench" """
         super().__init__(f"python {prog}", description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self):
+        """The flags. An empty text, as of `--out "$forgotten"`, is no value of any."""
+        args = super().parse_args()
+        for name, value in vars(args).items():
+            if isinstance(value, str) and not value.strip():
+                raise InputError(f"--{name.replace('_', '-')} is empty")
+        return args
 
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -48,7 +84,7 @@ def run(main, resumes=False):
     except InputError as error:
         end_bars()
         if os.environ.get("RANK", "0") == "0":
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
         else:
             time.sleep(3)           # torchrun's other ranks: the first to end has all others killed
         sys.exit(2)
@@ -90,7 +126,7 @@ def add_strategy_flags(add):
     add("--k", type=int, help="tokens per pass; alone: static k, all of them kept; with "
         "--threshold: at most so many; 1: one at a time (train.py --k is the most that a "
         "checkpoint can)")
-    add("--threshold", type=float, help="adaptive: keep tokens while their confidence is above "
+    add("--threshold", type=number, help="adaptive: keep tokens while their confidence is above "
         "this, at most --k or the checkpoint's k_max (0.9 where --k is not given)")
 
 
@@ -101,25 +137,41 @@ def add_prompt_format_flag(add, *more, default="what the checkpoint was trained 
 def at_least(args, **least):
     """Raise InputError for the first flag below its least value: at_least(args, limit=1).
 
-    None is below nothing, and NaN below everything.
+    None is below nothing. A flag must not be above MOST, either; --seed is always looked at.
     """
-    for name, value in least.items():
+    seed = {"seed": 0} if hasattr(args, "seed") else {}
+    for name, value in (seed | least).items():
         given = getattr(args, name)
         given = given if isinstance(given, list) else [] if given is None else [given]
+        flag = f"--{name.replace('_', '-')}"
         if not all(one >= value for one in given):
-            raise InputError(f"--{name.replace('_', '-')} must be at least {value}")
+            raise InputError(f"{flag} must be at least {value}")
+        most = MOST.get(name, 10 ** 9)
+        if not all(one <= most for one in given):
+            raise InputError(f"{flag} must be at most {most}")
 
 
 # --------------------------------------------------------------------------------------------------
 # Output
 
-@contextmanager
+@contextlib.contextmanager
 def writing(path):
     """What the disk refuses inside the block is one line that names `path`."""
     try:
         yield
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def reading(path):
+    """What is damaged inside the block, whatever it does to the code that reads it, is one line."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError,
+            RuntimeError, AssertionError) as error:
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is damaged, or no such file as it should be ({what})") from None
 
 
 def spare(path, resume=False):
@@ -134,3 +186,32 @@ def output_folder(path):
     with writing(path):
         Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
+
+
+class Alone:
+    """Holds a folder, or a file, for one program: a second one that asks for it is refused.
+
+    The lock is the system's: it goes with the object or with the process, even a killed one.
+    """
+
+    def __init__(self, path):
+        with writing(path):
+            self.handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another program is writing to {path}: wait for it, or choose "
+                             "another folder") from None
+        except OSError:                             # a file system without locks
+            pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.__del__()
+
+    def __del__(self):
+        if hasattr(self, "handle"):
+            os.close(self.handle)
+            del self.handle

@@ -24,7 +24,7 @@ import random
 import re
 from pathlib import Path
 
-from common.cli import ArgumentParser, InputError, at_least, run
+from common.cli import ArgumentParser, InputError, at_least, run, say
 from common.hub import offline_where_out_of_reach
 from common.wordproblems import WordProblems
 
@@ -72,7 +72,7 @@ def read_jsonl(path):
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise InputError(f"{path}:{number}: not JSON ({error})") from None
                 rows.append(clean_row(row, f"{path}:{number}"))
     except (OSError, UnicodeDecodeError) as error:
@@ -100,6 +100,14 @@ def read_hub(repository, *config, split="train"):
         raise InputError(f"cannot fetch {repository} from the hub ({type(error).__name__}); "
                          "offline, use --data wordproblems or give --data a JSONL file") from None
     return [clean_row(row, f"{repository} row {i}") for i, row in enumerate(rows)]
+
+
+def word_problems(seed, split, count):
+    """The first `count` word problems of a split, a list. InputError for more than can be meant."""
+    if count > 10 ** 5:
+        raise InputError(f"{count} word problems are too many: at most {10 ** 5}")
+    problems = WordProblems(seed, split)
+    return [problems[i] for i in range(count)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,8 +139,7 @@ def load_data(name, held_out, seed):
     Raises InputError for an unknown name, a malformed row, or a hub that cannot be reached.
     """
     if name == "wordproblems":
-        validation = WordProblems(seed, split="validation")
-        return WordProblems(seed), [validation[i] for i in range(held_out)]
+        return WordProblems(seed), word_problems(seed, "validation", held_out)
     if name == "gsm8k":
         rows = read_hub("openai/gsm8k", "main")
     elif name == "metamath":
@@ -156,8 +163,7 @@ def load_questions(name, limit, shots, seed):
     and are not asked.
     """
     if name == "wordproblems":
-        test, train = WordProblems(seed, "test"), WordProblems(seed, "train")
-        return [test[i] for i in range(limit or 200)], [train[i] for i in range(shots)]
+        return word_problems(seed, "test", limit or 200), word_problems(seed, "train", shots)
     if name == "gsm8k":
         rows, examples = read_hub("openai/gsm8k", "main", split="test"), []
         if shots:
@@ -244,7 +250,7 @@ def main():
     at_least(args, limit=1)
     train, _ = load_data(args.data, held_out=0, seed=args.seed)
     for i in range(min(args.limit, len(train))):
-        print(f"--- {i}\n{train[i]['question']}\n\n{train[i]['answer']}\n")
+        say(f"--- {i}\n{train[i]['question']}\n\n{train[i]['answer']}\n")
 
 
 if __name__ == "__main__":

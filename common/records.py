@@ -8,8 +8,13 @@ import os
 from pathlib import Path
 
 from common import parallel
-from common.cli import InputError
+from common.cli import Alone, InputError, reading, say
 from common.files import weight_files
+
+
+# What the table is made of
+NEEDED = {"id", "strategy", "batch", "batch_rows", "tokens", "chunks", "finish", "seconds",
+          "prompt_seconds", "correct", "correct_strict", "start_loss"}
 
 
 def fingerprint(folder):
@@ -24,27 +29,44 @@ def fingerprint(folder):
     return digest.hexdigest()[:16]
 
 
+def json_lines(path, needed, first=1):
+    """The JSON objects in a file of lines, from line `first` on, each with the keys `needed`.
+
+    A last line without its end, which a killed run was writing, is left out; so is any damaged one,
+    with a note. (Two processes may write to one file: behind what one of them could not finish the
+    other one goes on.)
+    """
+    with reading(path):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    for number, line in enumerate(lines[first - 1:], first):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not row.keys() >= needed:
+                raise ValueError
+            yield row
+        except (ValueError, RecursionError):
+            say(f"note: {path}:{number} is damaged and left out")
+
+
 def read_rows(path):
     """{(strategy, batch): its rows} of the whole batches in `path`."""
     kept = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines()[1:]:
-        try:
-            row = json.loads(line)
-        except ValueError:                              # the line that a killed run was writing
-            continue
-        kept.setdefault((row["strategy"], row["batch"]), []).append(row)
-    return {key: batch for key, batch in kept.items() if len(batch) == batch[0]["batch_rows"]}
+    with reading(path):
+        for row in json_lines(path, NEEDED, first=2):
+            kept.setdefault((row["strategy"], row["batch"]), []).append(row)
+        return {key: batch for key, batch in kept.items() if len(batch) == batch[0]["batch_rows"]}
 
 
 def open_rows(path, settings, resume):
     """The file of rows, with an earlier run's whole batches in it, open to append; for all ranks.
 
-    Raises InputError if the file exists without --resume, or holds other settings.
+    Raises InputError if the file exists without --resume, holds other settings, or is being written
+    by another program.
     """
+    lock = Alone(path.parent) if parallel.rank_and_world()[0] == 0 else None
     kept = {}
     if path.exists():
-        with open(path, encoding="utf-8") as file:
-            was = json.loads(file.readline() or "{}")
+        was = next(json_lines(path, settings.keys()), {})
         for key, value in settings.items():
             if was.get(key) != value:
                 had = f"{key} {was.get(key)}, not {value}"
@@ -63,4 +85,6 @@ def open_rows(path, settings, resume):
     temporary.replace(path)
     parallel.wait()                                 # what is appended from now on stays
     # A batch fits this buffer and goes out as one write: no other rank gets between its rows
-    return open(path, "a", buffering=2 ** 26, encoding="utf-8")
+    file = open(path, "a", buffering=2 ** 26, encoding="utf-8")
+    file.lock = lock                                # ours as long as the file is open
+    return file

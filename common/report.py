@@ -10,10 +10,11 @@ import codecs
 import io
 import itertools
 import os
-import re
 import statistics
 import sys
 from collections import Counter
+
+from common.cli import printable
 
 # --------------------------------------------------------------------------------------------------
 # Chunks: the tokens of one pass
@@ -22,14 +23,6 @@ BACKGROUNDS = (153, 222, 157, 218, 189, 229)            # light ones of the 256-
 BLACK = 16                                              # the text on them
 BADGE = "\x1b[48;5;238;38;5;231m"                        # white on grey: how many tokens follow
 RESET = "\x1b[0m"
-
-
-def printable(text):
-    """`text` with control characters but newline and tab as "?".
-
-    A model gives no commands to a terminal.
-    """
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
 class ChunkPrinter:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import tiktoken
 
-from common.cli import InputError
-from common.files import read_json, write_json
+from common.cli import InputError, reading
+from common.files import field, read_json, read_note, write_json
 
 MASK_TOKEN = "<|mtp|>"
 
@@ -127,7 +127,11 @@ class Tokenizer:
     """
 
     def __init__(self, folder):
-        folder = Path(folder)
+        with reading(Path(folder) / "tokenizer.json"):
+            self.read(Path(folder))
+
+    def read(self, folder):
+        """All of the above from the files of `folder`."""
         self.files = {"tokenizer.json": read_json(folder / "tokenizer.json")}
         for name in ("tokenizer_config.json", "generation_config.json"):
             self.files[name] = read_json(folder / name) if (folder / name).exists() else {}
@@ -152,7 +156,13 @@ class Tokenizer:
                 ranks[bytes(alphabet[character] for character in token)] = i
         self.by_id = {i: token for token, i in ranks.items()}
         self.by_id |= {i: text.encode() for text, i in added.items()}
-        self.free_id = max([*ranks.values(), *added.values()]) + 1
+        ids = [*ranks.values(), *added.values()]
+        vocab_size = field(config, "vocab_size", int, 10 ** 8, least=1, most=10 ** 8)
+        fit = all(type(i) is int and 0 <= i < vocab_size for i in ids)
+        if not fit or len(set(ids)) < len(ids):
+            raise InputError(f"{folder}/tokenizer.json: ids must differ, and lie below the "
+                             f"vocab_size of config.json, {vocab_size}")
+        self.free_id = max(ids) + 1
 
         # --- merges: tiktoken merges the pair with the lowest id first, tokenizers the pair listed
         # first. The same, if ids and list are in the same order
@@ -197,6 +207,10 @@ class Tokenizer:
                              "tokenizer_config.json)")
         self.stop_ids.add(self.end_id)
         self.mask_id = added.get(MASK_TOKEN)
+        noted = read_note(config).get("mask_token_id", self.mask_id)
+        if noted != self.mask_id:
+            raise InputError(f"{folder}: the mask token is {noted} in config.json, and "
+                             f"{self.mask_id} in tokenizer.json")
 
         # A tokenizer with a BOS of its own decides whether to use it; one without leaves it to
         # config.json (Qwen: the paper puts config.json's 151643 in front of every text)

@@ -29,8 +29,9 @@ def needs(package):
 def output_file(path):
     """The file for --out, a Path. InputError, before any work, where there can be none."""
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise InputError(f"cannot write {path}: it is {what}")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: no folder {path.parent}")
     return path

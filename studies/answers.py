@@ -17,12 +17,12 @@ from pathlib import Path
 
 from common import cli
 from common.answers import check_prompts
-from common.cli import SWITCH, ArgumentParser, InputError
+from common.cli import SWITCH, ArgumentParser, InputError, reading
 from common.data import load_data
-from common.files import write_text
 from common.hub import DEFAULT_MODEL, resolve
 from common.machine import keep_freed_memory, pick_device, pick_dtype
 from common.progress import Progress
+from common.records import json_lines
 from common.tokenizer import Tokenizer
 from model import Transformer
 from sample import generate
@@ -31,19 +31,13 @@ from sample import generate
 WINDOW = 512            # questions that are sorted by length: not all, --limit should take any rows
 
 
-def whole_lines(path, questions):
-    """The lines that an earlier run has left; InputError where they answer other questions."""
-    if not path.exists():
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        lines = [line for line in lines if line.endswith("\n")]     # a killed run's last may be cut
-        answered = [json.loads(line)["question"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} holds no rows of this script: {error}") from None
-    if answered != list(questions[:len(lines)]):
-        raise InputError(f"{path} answers other questions: resume with the same flags")
-    return lines
+def answered(path, questions):
+    """How many of the questions an earlier run has answered; InputError where they are others."""
+    rows = list(json_lines(path, {"question", "answer"}))
+    with reading(path):
+        if [row["question"] for row in rows] != list(questions[:len(rows)]):
+            raise InputError(f"{path} answers other questions: resume with the same flags")
+    return len(rows)
 
 
 def main():
@@ -80,17 +74,18 @@ def main():
     # not fused, unlike what sample.load returns: faster for many rows
     model = Transformer.from_pretrained(folder, pick_dtype(args.dtype, device), device)
     pairs = [(tokenizer.prompt(question, style), question) for question in questions]
+    check_prompts([prompt for prompt, _ in pairs], model)
     pairs = [pair for first in range(0, len(pairs), WINDOW)
              for pair in sorted(pairs[first:first + WINDOW], key=lambda pair: len(pair[0]))]
     prompts, questions = zip(*pairs)
-    check_prompts(prompts, model)
 
     # --- answer; a batch is on disk as soon as it is done
-    lines = whole_lines(out, questions)
-    write_text(out, "".join(lines))
-    with (cli.writing(out), open(out, "a", encoding="utf-8") as file,
-          Progress(total=len(questions), initial=len(lines), unit="answer") as bar):
-        for first in range(len(lines), len(questions), args.batch_size):
+    with cli.writing(out), open(out, "a", encoding="utf-8") as file:
+        file.lock = cli.Alone(out)                                  # as long as it is open
+        done = answered(out, questions)
+        file.truncate(out.read_bytes().rfind(b"\n") + 1)            # a killed run's half line
+        bar = Progress(total=len(questions), initial=done, unit="answer")
+        for first in range(done, len(questions), args.batch_size):
             some = slice(first, first + args.batch_size)
             results = generate(model, tokenizer, prompts[some], max_new_tokens=args.max_new_tokens)
             for question, result in zip(questions[some], results):
@@ -103,7 +98,8 @@ def main():
             bar.lap(left=math.ceil((len(questions) - bar.n) / args.batch_size))
             speed = sum(len(r.tokens) for r in results) / max(r.seconds for r in results)
             bar.say(f"{speed:.0f} new tokens/s")
-    print(f"{len(questions)} rows in {out}")
+        bar.close()
+    cli.say(f"{len(questions)} rows in {out}")
 
 
 if __name__ == "__main__":

