@@ -17,6 +17,7 @@ heads, D head size, I inner size of the MLP, V vocabulary.
 """
 import copy
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -400,10 +401,11 @@ def fuse(blocks):
     """
     for block in blocks:
         attention, mlp = block.self_attn, block.mlp
-        attention.qkv_proj = Fused(attention.q_proj, attention.k_proj, attention.v_proj)
-        attention.o_proj = Fused(attention.o_proj)
-        mlp.gate_up_proj = Fused(mlp.gate_proj, mlp.up_proj)
-        mlp.down_proj = Fused(mlp.down_proj)
+        join = getattr(attention.q_proj, "joined", Fused)           # adapters.py has its own
+        attention.qkv_proj = join(attention.q_proj, attention.k_proj, attention.v_proj)
+        attention.o_proj = join(attention.o_proj)
+        mlp.gate_up_proj = join(mlp.gate_proj, mlp.up_proj)
+        mlp.down_proj = join(mlp.down_proj)
         del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
 
 
@@ -595,3 +597,7 @@ def save_pretrained(model, folder, weights=None):
 
     write_json(Path(folder) / "config.json", raw)
     save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    if "mask_token_id" in raw.get("nanomtp", {}):   # transformers then decodes as sample.py does
+        target = Path(folder) / "custom_generate"
+        target.mkdir(exist_ok=True)
+        shutil.copy(Path(__file__).parent / "common" / "custom_generate" / "generate.py", target)

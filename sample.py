@@ -43,6 +43,7 @@ from common import cli              # before torch: Ctrl-C while that is loading
 
 import torch
 
+from adapters import load_adapted
 from common.answers import Answers, check_prompts
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.data import read_questions
@@ -192,7 +193,11 @@ def load(name, device, dtype):
     """For a --model name: (model, ready to decode; tokenizer; train.py's note in config.json, {} if
     it was not trained here; heads of heads.py, or None)."""
     folder = resolve(name)
-    model = Transformer.from_pretrained(folder, dtype, device).eval().fuse()
+    if (folder / "adapter_config.json").exists():
+        model = load_adapted(folder, dtype, device)
+    else:
+        model = Transformer.from_pretrained(folder, dtype, device)
+    model = model.eval().fuse()
     heads, note = load_heads(folder, dtype, device), read_note(model.config.raw)
     if heads:
         heads.eval().fuse()

@@ -33,6 +33,7 @@ from common import cli              # before torch: Ctrl-C while that is loading
 
 import torch
 
+from adapters import add_adapters, load_adapted, save_adapters
 from common import parallel
 from common.checkpoint import (
     Checkpoints, Log, find_run, hash_of_rows, load_trainer, restore)
@@ -126,6 +127,9 @@ def get_args():
     add("--prefix-loss", type=cli.number, default=0.0,
         help="weight of ordinary next-token training on the answers beside the loss, a mean over "
         "their tokens; the authors also count the prompts' (%(default)s)")
+    add("--adapters", type=int, metavar="RANK",
+        help="freeze the model and train low-rank adapters that act at mask tokens alone "
+        "(adapters.py): its text stays the same")
     add("--bidirectional", action=SWITCH, default=False,
         help="mask tokens of a region see each other both ways; the anchor stays causal, which the "
         "authors' does not")
@@ -182,7 +186,8 @@ def get_args():
     cli.at_least(args, k=1, stride=1, batch_size=1, micro_batch_size=1, seq_len=8, steps=1, limit=1,
                  log_every=1, save_every=1, eval_prompts=0, max_new_tokens=1, warmup=0, cooldown=0,
                  curriculum=0, eval_every=0, weight_decay=0, prefix_loss=0, slot1_weight=0, clip=0,
-                 lr=0, minutes=0, heads=1, kl_weight=0, kl_top=1, draft_vocab=0, keep_gb=0)
+                 lr=0, minutes=0, heads=1, kl_weight=0, kl_top=1, draft_vocab=0, keep_gb=0,
+                 adapters=1)
     if args.lr == 0 or args.minutes == 0:
         raise InputError("--lr and --minutes must be above 0")
     if not 0 < args.beta2 < 1:
@@ -205,7 +210,7 @@ def check_method(args, parser):
     """Flags of the other method, which would do nothing, are InputErrors."""
     others = ["loop", "extend", "kl_weight", "kl_top", "draft_vocab", "keep_gb"]
     if args.heads:
-        others = ["fixed_k", "curriculum", "stride", "slot1_weight", "prefix_loss",
+        others = ["adapters", "fixed_k", "curriculum", "stride", "slot1_weight", "prefix_loss",
                   "bidirectional", "fsdp"]
     for name in others:
         if getattr(args, name) != parser.get_default(name):
@@ -216,6 +221,10 @@ def check_method(args, parser):
         raise InputError("--k trains mask tokens, and this preset heads: leave one out")
     if args.heads and args.random_init:                     # of the preset pretrain-tiny, too
         raise InputError("--random-init leaves heads no model to learn from: leave out --heads")
+    if args.adapters and (args.k == 1 or args.random_init or args.fsdp or args.prefix_loss
+                          or args.slot1_weight != 1):
+        raise InputError("--adapters leaves the text as it is: it goes with --k above 1, and not "
+                         "with --random-init, --prefix-loss, --slot1-weight or --fsdp")
     if args.extend and (args.loop or args.draft_vocab):
         raise InputError("--extend copies heads as they are: leave out --loop and --draft-vocab")
     if args.heads and args.targets == "soft":
@@ -473,11 +482,32 @@ def load_models(start, folder, tokenizer, args, device):
         tokenizer.add_mask_token()
         if fresh and folder == start:
             add_mask_token(student, tokenizer.mask_id, args.seed)
-        student.config.raw["nanomtp"] = {                   # a note in config.json for who decodes
-            "mask_token_id": tokenizer.mask_id, "k_max": args.k,
-            "bidirectional": args.bidirectional, "prompt_format": args.prompt_format,
-            "data": args.data}
+        note_for_masks(student.config.raw, tokenizer, args)
     return student, teacher
+
+
+def load_for_adapters(start, folder, tokenizer, args, device):
+    """(student, teacher): one model, which is both; adapters as they are in `folder`, in fp32."""
+    dtype, fresh = DTYPES[args.dtype], tokenizer.mask_id is None
+    tokenizer.add_mask_token()
+    if folder == start:
+        student = Transformer.from_pretrained(start, dtype, device)
+        if fresh:
+            add_mask_token(student, tokenizer.mask_id, args.seed)
+        add_adapters(student, args.adapters, tokenizer.mask_id, args.seed)
+    else:
+        student = load_adapted(folder, dtype, device)
+    note_for_masks(student.config.raw, tokenizer, args)
+    return student, student if args.targets != "ground-truth" else None
+
+
+def note_for_masks(raw, tokenizer, args):
+    """Write into a config.json, a dict, what it tells who decodes."""
+    raw["nanomtp"] = {
+        "mask_token_id": tokenizer.mask_id, "k_max": args.k, "bidirectional": args.bidirectional,
+        "prompt_format": args.prompt_format, "data": args.data}
+    if not args.bidirectional:          # what vLLM and TensorRT-LLM call it, which draft causally
+        raw["pard_token"] = tokenizer.mask_id
 
 
 def load_for_heads(start, folder, train, tokenizer, args, device):
@@ -517,7 +547,7 @@ def most_frequent_ids(train, tokenizer, args, rows=10_000):
 def spread(student, teacher, args, device):
     """FSDP, torch.compile, DDP, where asked for. Returns what to call instead of the student."""
     frozen = teacher.model if args.heads else teacher           # a Backbone holds a Transformer
-    models = [model for model in (student, frozen) if model is not None]
+    models = {model: None for model in (student, frozen) if model is not None}      # each once
     for model in models:
         if args.fsdp:
             parallel.shard(model, DTYPES[args.dtype])
@@ -530,8 +560,9 @@ def spread(student, teacher, args, device):
 
 def make_optimizer(model, args):
     """AdamW, with weight decay on matrices and none on norms and biases."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    others = [p for p in trained if p.dim() < 2]
     return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": args.weight_decay},
          {"params": others, "weight_decay": 0.0}],
@@ -570,6 +601,9 @@ def main():
     if args.heads:
         student, teacher = load_for_heads(start, folder, train, tokenizer, args, device)
         save = functools.partial(save_heads, student, teacher.model, start)
+    elif args.adapters:
+        student, teacher = load_for_adapters(start, folder, tokenizer, args, device)
+        save = functools.partial(save_adapters, student, start, args.model)
     else:
         student, teacher = load_models(start, folder, tokenizer, args, device)
         save = functools.partial(save_pretrained, student)

@@ -15,7 +15,6 @@ import os
 import random
 import re
 import shutil
-from pathlib import Path
 
 import torch
 
@@ -151,7 +150,8 @@ class Checkpoints:
             except RuntimeError:                        # how torch's writer reports a short write
                 raise OSError("the optimizer's state could not be written whole; is the disk "
                               "full?") from None
-            names = sorted(path.name for path in temporary.iterdir())
+            names = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*")
+                           if path.is_file())
             sums = "".join(f"{hash_of_file(temporary / name)}  {name}\n" for name in names)
             (temporary / SUMS).write_text(sums)
         if not is_first:
@@ -180,8 +180,8 @@ def check_sums(folder):
             raise InputError(f"{folder} has no {SUMS}: an older train.py wrote it, or a part is "
                              "missing. Start anew with another --out")
         for digest, name in sums:
-            file = folder / Path(name).name
-            if not file.exists() or hash_of_file(file) != digest:
+            file = folder / name
+            if ".." in file.parts or not file.is_file() or hash_of_file(file) != digest:
                 raise InputError(f"{file} is not what was written (a damaged disk or copy?): point "
                                  f"{folder.parent}/latest to an older checkpoint, or start anew "
                                  "with another --out")

@@ -70,8 +70,9 @@ def weight_files(folder):
     """The safetensors files of a folder, in order: one file, or the shards that the index names."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        if (folder / name).exists():
+            return [folder / name]
     if not index.exists():
         raise InputError(f"{folder} holds no model.safetensors (pickled weights are not read: "
                          "convert them first)")
@@ -139,7 +140,8 @@ def new_folder(folder):
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         temporary.chmod(0o755)              # mkdtemp makes it private; a checkpoint is not
         yield temporary
-        for file in temporary.iterdir():    # the name must not reach the disk before the bytes do
+        # the name must not reach the disk before the bytes do
+        for file in filter(Path.is_file, temporary.rglob("*")):
             file.chmod(0o644)               # safetensors writes private files
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())

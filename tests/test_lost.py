@@ -55,7 +55,8 @@ def out(trained, tmp_path):
 
 def sign(folder):
     """Write SHA256SUMS again, as if what is there had been written by us."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != checkpoint.SUMS)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
+                   if path.is_file() and path.name != checkpoint.SUMS)
     (folder / checkpoint.SUMS).write_text(
         "".join(f"{checkpoint.hash_of_file(folder / name)}  {name}\n" for name in names))
 

@@ -1,0 +1,187 @@
+"""
+Mask tokens on a model that stays untouched: low-rank adapters that act at mask tokens alone.
+
+    python train.py --k 8 --adapters 32 --out out-adapters
+
+Training all weights moves the text itself: k = 1 of the trained model is no longer the start model.
+Here every weight of the start model is frozen. What is trained are two thin matrices beside each
+linear layer of the blocks, A (r, in) and B (out, r), and the mask token's embedding:
+
+    text token      y = W x                     the start model, to the last bit
+    mask token      y = W x + B A x             W x plus what it has learned
+
+(Gated LoRA: Samragh et al., arXiv 2507.11851; LoRA: Hu et al., arXiv 2106.09685.) Text never sees a
+mask token, so its logits are those of the start model: k = 1 is the start model, and lossless
+decoding writes the start model's text. And the teacher of mtp.py reads no mask tokens at all, so it
+is the same module: one copy of the weights serves both. Memory is that of the start model, in bf16
+where the machine is fast in it, plus a few percent.
+
+A folder that `save_adapters` writes holds the adapters under PEFT's names (adapter_config.json and
+adapter_model.safetensors), where the start checkpoint is, and a hash of it. PEFT itself knows no
+gate: it would add B A x to the text as well.
+
+Shapes: B rows, T fed tokens, C hidden size, M mask tokens of a pass, r rank.
+"""
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from common.cli import InputError, reading
+from common.files import field, read_json, read_note, write_json
+from common.hub import resolve
+from common.records import fingerprint
+from model import Fused, Transformer, add_mask_token
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+# --------------------------------------------------------------------------------------------------
+# The modules
+
+class Gate:
+    """Where the mask tokens of the present pass stand: (row, place), two (M,) long. Shared by all
+    adapters of a model; its embedding sets it, which is the only one to see the ids."""
+    at = None
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer and, at mask tokens, its adapter. The weight keeps its name."""
+
+    @property
+    def joined(self):
+        """What `model.fuse` makes of it and others."""
+        return FusedAdapted
+
+    def __init__(self, linear, rank, gate, generator):
+        super().__init__()
+        self.weight, self.bias, self.gate = linear.weight, linear.bias, gate
+        self.out_features, (out, inner) = linear.out_features, linear.weight.shape
+        # as LoRA: A random, B zero, so that training starts from the start model
+        a = torch.empty(rank, inner)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        self.lora_A = nn.Parameter(a.to(linear.weight.device))                      # (r, in)
+        self.lora_B = nn.Parameter(torch.zeros(out, rank, device=linear.weight.device))
+
+    def forward(self, x):
+        """(B, T, in) -> (B, T, out)"""
+        y = F.linear(x, self.weight, self.bias)
+        if not len(self.gate.at[0]):                        # text alone, as the teacher reads it
+            return y
+        extra = F.linear(F.linear(x[self.gate.at].float(), self.lora_A), self.lora_B)
+        return y.index_put(self.gate.at, extra.to(y.dtype), accumulate=True)
+
+
+class FusedAdapted(nn.Module):
+    """The same of several layers with one input, for decoding: see `model.fuse`."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.fused, self.gate = Fused(*layers), layers[0].gate
+        dtype = layers[0].weight.dtype
+        A = torch.cat([layer.lora_A.detach() for layer in layers])                  # (n r, in)
+        B = torch.block_diag(*[layer.lora_B.detach() for layer in layers])          # (out, n r)
+        self.A, self.B = A.to(dtype), B.to(dtype)
+
+    def forward(self, x):
+        y = self.fused(x)
+        if len(self.gate.at[0]):
+            extra = F.linear(F.linear(x[self.gate.at], self.A), self.B)
+            parts = [y] if torch.is_tensor(y) else y
+            for part, own in zip(parts, extra.split([p.shape[-1] for p in parts], dim=-1)):
+                part[self.gate.at] += own
+        return y
+
+
+class AdaptedEmbedding(nn.Module):
+    """The frozen embedding, with a trained row in place of the mask token's."""
+
+    def __init__(self, embedding, mask_id, gate):
+        super().__init__()
+        self.weight, self.mask_id, self.gate = embedding.weight, mask_id, gate
+        self.mask_row = nn.Parameter(embedding.weight[mask_id].detach().float().clone())    # (C,)
+
+    def forward(self, ids):
+        """(B, T) long -> (B, T, C)"""
+        self.gate.at = (ids == self.mask_id).nonzero(as_tuple=True)
+        x = F.embedding(ids, self.weight)
+        return x.index_put(self.gate.at, self.mask_row.to(x.dtype))
+
+
+def add_adapters(model, rank, mask_id, seed=0):
+    """Freeze a Transformer and put adapters beside the linear layers of its blocks, in place. It
+    has a row for the mask token already (`model.add_mask_token`)."""
+    gate, generator = Gate(), torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    model.model.embed_tokens = AdaptedEmbedding(model.model.embed_tokens, mask_id, gate)
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                if name in TARGETS:
+                    setattr(part, name, AdaptedLinear(layer, rank, gate, generator))
+    return model
+
+
+def trained_weights(model):
+    """{name: tensor} of what is trained: adapters, and the mask token's row."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# --------------------------------------------------------------------------------------------------
+# On disk
+
+def on_disk(name):
+    """What PEFT calls a tensor of ours."""
+    name = name.replace("lora_A", "lora_A.weight").replace("lora_B", "lora_B.weight")
+    return f"base_model.model.{name}"
+
+
+def save_adapters(model, start, name, folder, weights=None):
+    """Write adapters and configuration into `folder`.
+
+    start, name     the start checkpoint's folder, and what --model called it
+    weights         {name: tensor} of the model, where they are not to be taken from itself
+    """
+    weights = model.state_dict() if weights is None else weights
+    own = {on_disk(key): weights[key].detach().cpu().float().contiguous()
+           for key in trained_weights(model)}
+    save_file(own, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    rank = next(p for key, p in trained_weights(model).items() if key.endswith("lora_A")).shape[0]
+    write_json(Path(folder) / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(name),
+        "r": rank, "lora_alpha": rank, "target_modules": list(TARGETS),
+        "nanomtp": {"gated": "at mask tokens alone", "start": fingerprint(start)}})
+    write_json(Path(folder) / "config.json",
+               model.config.raw | {"vocab_size": model.config.vocab_size})
+
+
+def load_adapted(folder, dtype=torch.float32, device="cpu"):
+    """The start model of a folder with its adapters, a Transformer. InputError where the two do not
+    belong together, or one is damaged."""
+    where = Path(folder) / "adapter_config.json"
+    described = read_json(where)
+    name = field(described, "base_model_name_or_path", str, where=where)
+    rank = field(described, "r", int, least=1, most=10_000, where=where)
+    start = resolve(name)
+    if field(described, "nanomtp", dict, {}, where=where).get("start") != fingerprint(start):
+        raise InputError(f"{folder} was trained on another {name} than the one that is there")
+    config = read_json(Path(folder) / "config.json")
+    model = Transformer.from_pretrained(start, dtype, device)
+    mask_id = field(read_note(config), "mask_token_id", int, where=where)
+    if mask_id >= model.config.vocab_size:
+        add_mask_token(model, mask_id)
+    add_adapters(model, rank, mask_id)
+    file = Path(folder) / "adapter_model.safetensors"
+    with reading(file):
+        weights = load_file(file)
+        for key, p in trained_weights(model).items():
+            there = weights[on_disk(key)]
+            if there.shape != p.shape or not there.isfinite().all():
+                raise InputError(f"{file}: {on_disk(key)} is not of shape {tuple(p.shape)}, or not "
+                                 "finite")
+            p.data.copy_(there)
+    model.config.raw = config
+    return model
