@@ -202,7 +202,7 @@ def test_what_it_says_of_heads_on_smollm2():
 
 @pytest.mark.parametrize("run", [
     "tiny-k8", "tiny-k8/batch1", "tiny-k3", "tiny-heads4", "tiny-heads4/batch1", "tiny-loop8",
-    "tiny-loop8/batch1"])
+    "tiny-loop8/batch1", "tiny-adapters64", "tiny-adapters64/batch1"])
 def test_the_docs_tables_of_the_tiny_model_are_the_logs(run):
     """Every line, as eval_gsm8k.py makes it from its own table.json."""
     lines = eval_gsm8k.markdown(list(table_of(run).values())).splitlines()
