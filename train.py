@@ -581,6 +581,8 @@ def main():
 
     # --- data and tokens
     start = resolve(args.model)
+    if (start / "adapter_config.json").exists():
+        raise InputError(f"{args.model} holds adapters: give --model their start checkpoint")
     tokenizer = Tokenizer(start)
     args.prompt_format = args.prompt_format or tokenizer.default_format
     train, held_out = load_data(args.data, args.eval_prompts, args.seed)

@@ -9,8 +9,8 @@ component; no weights are loaded for it.
 
 Give it the flags that train.py will get (python train.py --help). What counts is --preset --model
 --k --stride --targets --bidirectional --prefix-loss --slot1-weight --batch-size --micro-batch-size
---seq-len --dtype (auto: what this machine would choose). Training of heads (--heads) is not
-planned; its peak stands in the last line of its log.jsonl.
+--seq-len --dtype (auto: what this machine would choose). Training of heads or adapters
+(--heads, --adapters) is not planned; its peak stands in the last line of its log.jsonl.
 
 Planned is the longest pass: k = --k, texts of --seq-len tokens, of which the first --prompt-tokens
 are the prompt and the others an answer with an anchor at every --stride-th token. Of several GPUs
@@ -329,8 +329,9 @@ def get_args():
     finally:
         sys.argv = argv
 
-    if args.heads:
-        raise InputError("--heads: planned is training with mask tokens only; leave it out")
+    if args.heads or args.adapters:
+        raise InputError("planned is training of all weights with mask tokens: leave out --heads "
+                         "and --adapters")
     if args.prompt_tokens is None:
         args.prompt_tokens = args.seq_len // 4
     if not 0 < args.prompt_tokens < args.seq_len:

@@ -196,6 +196,11 @@ def test_what_does_not_belong_together_is_refused(start, trained, tmp_path):
     assert_refused(cli(sample, "x", "--model", folder), "adapter_model.safetensors is damaged")
 
 
+def test_adapters_are_no_start(trained, tmp_path):
+    result = cli(train, "--model", trained, "--out", tmp_path / "out")
+    assert_refused(result, "holds adapters: give --model their start checkpoint")
+
+
 @pytest.mark.parametrize("flags", [
     ["--k", 1, "--targets", "ground-truth"], ["--random-init"], ["--prefix-loss", 1],
     ["--slot1-weight", 2]])

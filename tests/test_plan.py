@@ -150,7 +150,8 @@ def test_flags_and_presets_are_those_of_train(monkeypatch):
 
 def test_heads_are_not_planned(monkeypatch, tiny, tmp_path):
     """Their training is refused. As a start checkpoint, what has heads counts without them."""
-    assert_refused(cli(plan, "--heads", 4), "--heads: planned is training with mask tokens only")
+    for method in ("--heads", "--adapters"):
+        assert_refused(cli(plan, method, 4), "planned is training of all weights with mask tokens")
     out = train_briefly(tmp_path / "out", "--model", tiny, "--heads", 2)
     config = plan.load_config(str(out))
     assert plan.count_parameters(config) == plan.count_parameters(plan.load_config(str(tiny)))
