@@ -214,6 +214,27 @@ def markdown(table):
     return "\n".join(lines) + "\n"
 
 
+def report(name, out, names, firsts, settings, device):
+    """Make table and plot from the rows on disk, and print the table.
+
+    names    of the contenders, in order; firsts   numbers of the batches' first questions
+    """
+    done = read_rows(out / "rows.jsonl")
+    table = summarise({way: [row for first in firsts for row in done[way, first]]
+                       for way in names})
+    processes = sorted({row.get("processes", 1) for batch in done.values() for row in batch})
+    write_json(out / "table.json", {"model": name, "settings": settings, **machine(device),
+                                    "processes": processes, "table": table})
+    asked = f"{name}, {settings['data']}, {settings['questions']} questions"
+    text = (f"{asked} in batches of {settings['batch_size']}; {machine(device)['device']}, "
+            f"{settings['dtype']}\n\n{markdown(table)}\n{LEGEND}{length_notes(table)}")
+    write_text(out / "table.md", text)
+    from common.plots import pareto_plot                # here: matplotlib takes a second to load
+    with cli.writing(out):
+        pareto_plot(table, asked).savefig(out / "pareto.png", dpi=150)
+    cli.say(f"\n{text}\n{out}/table.md, table.json, pareto.png, rows.jsonl")
+
+
 # --------------------------------------------------------------------------------------------------
 # The script
 
@@ -354,23 +375,8 @@ def main():
     # --- the table, once all rows are on disk
     parallel.wait()
     if rank == 0:
-        done = read_rows(out / "rows.jsonl")
-        rows = {contender.name: [row for first in firsts for row in done[contender.name, first]]
-                for contender in contenders}
-        table = summarise(rows)
-        processes = sorted({row.get("processes", 1) for batch in done.values() for row in batch})
-        write_json(out / "table.json", {"model": name, "settings": settings, **machine(device),
-                                        "processes": processes, "table": table})
-        conditions = (f"{name}, {args.data}, {len(questions)} questions in batches of "
-                      f"{args.batch_size}; {machine(device)['device']}, {settings['dtype']}")
-        text = f"{conditions}\n\n{markdown(table)}\n{LEGEND}"
-        text += length_notes(table)
-        write_text(out / "table.md", text)
-        from common.plots import pareto_plot            # here: matplotlib takes a second to load
-        with cli.writing(out):
-            figure = pareto_plot(table, f"{name}, {args.data}, {len(questions)} questions")
-            figure.savefig(out / "pareto.png", dpi=150)
-        cli.say(f"\n{text}\n{out}/table.md, table.json, pareto.png, rows.jsonl")
+        report(name, out, names=[contender.name for contender in contenders], firsts=firsts,
+               settings=settings, device=device)
     parallel.leave()
 
 

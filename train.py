@@ -183,6 +183,13 @@ def get_args():
     parser.set_defaults(**PRESETS[args.preset])
     args = parser.parse_args()                              # once more: flags win over the preset
 
+    check_args(args)
+    check_method(args, parser)
+    return args
+
+
+def check_args(args):
+    """InputError for a value that no training can mean."""
     cli.at_least(args, k=1, stride=1, batch_size=1, micro_batch_size=1, seq_len=8, steps=1, limit=1,
                  log_every=1, save_every=1, eval_prompts=0, max_new_tokens=1, warmup=0, cooldown=0,
                  curriculum=0, eval_every=0, weight_decay=0, prefix_loss=0, slot1_weight=0, clip=0,
@@ -195,15 +202,13 @@ def get_args():
     if args.k == 1 and args.targets != "ground-truth" and not args.heads:
         raise InputError("--k must be at least 2: with k = 1 there is nothing to distil (ordinary "
                          "next-token training is --k 1 --targets ground-truth)")
-    check_method(args, parser)
     if args.stride > args.seq_len:
         raise InputError("--stride above --seq-len leaves nearly all rows without an anchor")
     if args.eval_prompts == 0:
         args.eval_every = 0
-    if args.fsdp and parallel.rank_and_world()[1] == 1:
+    if args.fsdp and not args.heads and parallel.rank_and_world()[1] == 1:
         raise InputError("--fsdp spreads a model over several processes: "
                          "torchrun --nproc_per_node=4 train.py --fsdp ...")
-    return args
 
 
 def check_method(args, parser):

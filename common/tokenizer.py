@@ -222,7 +222,10 @@ class Tokenizer:
         else:
             self.bos_id = config.get("bos_token_id")
 
-        # --- chat template: a phrase of its Jinja source, wherever that is kept, tells the family
+        self.read_chat_template(folder, settings)
+
+    def read_chat_template(self, folder, settings):
+        """A phrase of its Jinja source, wherever that is kept, tells the family."""
         jinja = folder / "chat_template.jinja"
         self.jinja = None
         source = json.dumps(settings.get("chat_template") or "", ensure_ascii=False)
