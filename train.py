@@ -4,12 +4,14 @@ Teach a pretrained model to write several tokens per forward pass, by self-disti
     python train.py --k 3                               # the tiny model on word problems, a laptop
     python train.py --preset smollm2 --out out-gsm8k                # SmolLM2-135M on GSM8K, a CPU
     python train.py --preset paper --model Qwen/Qwen3-0.6B --out out-qwen               # one GPU
+    python train.py --adapters 64 --lr 3e-3 --out out-adapters      # mask tokens, a frozen model
     python train.py --heads 4 --out out-heads           # heads on the tiny model, which stays as is
 
 The method is mtp.py: the student writes k tokens at once, its frozen start checkpoint, the teacher,
 says what it would have written at each slot, and cross-entropy pulls the one to the other. This
 file is the loop around it. All weights of the student are trained; new is only the mask token's row
-of the embedding (and of an untied output matrix), so the result is an ordinary checkpoint.
+of the embedding (and of an untied output matrix), so the result is an ordinary checkpoint. With
+--adapters (adapters.py) the model is frozen, and its own teacher.
 
 With --heads it is the second method, heads.py: the start checkpoint is frozen, and what is trained
 are heads that draft its text in advance. Rows and steps, log and checkpoints are the same.
@@ -182,7 +184,6 @@ def get_args():
     args = parser.parse_args()
     parser.set_defaults(**PRESETS[args.preset])
     args = parser.parse_args()                              # once more: flags win over the preset
-
     check_args(args)
     check_method(args, parser)
     return args

@@ -203,7 +203,7 @@ def load_trainer(out, args, inputs):
             raise InputError(f"{path}: step is {state['step']!r}")
         if not all(re.fullmatch(r"step-\d+", name) for name in state["checkpoints"]):
             raise InputError(f"{path}: checkpoints are {state['checkpoints']!r}")
-        for name, was in ({"heads": None} | state["args"]).items():     # older runs knew no heads
+        for name, was in ({"heads": None} | state["args"]).items():     # the method comes first
             now = getattr(args, name, was)
             if name not in MAY_CHANGE and now != was:
                 flag = f"--{name.replace('_', '-')}"
