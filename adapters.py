@@ -13,8 +13,16 @@ linear layer of the blocks, A (r, in) and B (out, r), and the mask token's embed
 (Gated LoRA: Samragh et al., arXiv 2507.11851; LoRA: Hu et al., arXiv 2106.09685.) Text never sees a
 mask token, so its logits are those of the start model: k = 1 is the start model, and lossless
 decoding writes the start model's text. And the teacher of mtp.py reads no mask tokens at all, so it
-is the same module: one copy of the weights serves both. Memory is that of the start model, in bf16
-where the machine is fast in it, plus a few percent.
+is the same module: one copy of the weights serves both, in bf16 where the machine is fast in it.
+
+Training gets cheaper, too. What the text's tokens compute depends on nothing that is trained, so
+they are read once for student and teacher, and without a gradient; only the regions are read by
+each, and only theirs goes backward:
+
+                            text            regions
+    all weights     student, backward,      student, backward, teacher
+                    teacher
+    adapters        once, for both          student, backward, teacher
 
 A folder that `save_adapters` writes holds the adapters under PEFT's names (adapter_config.json and
 adapter_model.safetensors), where the start checkpoint is, and a hash of it. PEFT itself knows no
@@ -34,13 +42,72 @@ from common.cli import InputError, reading
 from common.files import field, read_json, read_note, write_json
 from common.hub import resolve
 from common.records import fingerprint
-from model import Fused, Transformer, add_mask_token
+from model import Fused, Transformer, add_mask_token, run_blocks
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 # --------------------------------------------------------------------------------------------------
-# The modules
+# The model: text once, then the regions
+
+class TextCache:
+    """Stands in for a KVCache: keeps the keys and values of the first pass, the text, and puts them
+    in front of those of every later one, which it does not keep."""
+
+    def __init__(self):
+        self.keys, self.values = [], []                     # by layer: (B, T, G, D)
+
+    def next_places(self, count):
+        return None                                         # `write` needs none
+
+    def write(self, layer, places, keys, values, span):
+        if layer == len(self.keys):                         # the first pass
+            self.keys.append(keys)
+            self.values.append(values)
+            return keys, values
+        return (torch.cat((self.keys[layer], keys), dim=1),
+                torch.cat((self.values[layer], values), dim=1))
+
+
+class Adapted(Transformer):
+    """A Transformer with adapters (`add_adapters`). Computes what a Transformer does; in training,
+    that is without a cache, it reads a text without gradient, and but once in a row."""
+    last_text = (None, None, None, None)                    # ids, positions, TextCache, hidden
+
+    def forward(self, ids, positions, mask, cache=None, at=None, head=True):
+        if cache is not None:                               # decoding
+            return super().forward(ids, positions, mask, cache, at, head)
+
+        # --- 1. Where does the text end, which sees nothing behind it? In mtp.py's layout place and
+        # position are the same there, in the longest row at least, and nowhere behind. A mask token
+        # is none of it in any layout
+        place = torch.arange(ids.shape[1], device=ids.device)
+        is_text = (positions == place).any(dim=0) & (ids != self.model.embed_tokens.mask_id).all(0)
+        T = int(is_text.long().cumprod(dim=0).sum())
+        if not 0 < T < ids.shape[1]:                        # no region in any row
+            return super().forward(ids, positions, mask, cache, at, head)
+
+        # --- 2. The text, if it is not the last one
+        blocks, self.frequencies = self.model.layers, self.frequencies.to(ids.device)
+        text = ids[:, :T], positions[:, :T]
+        if not all(x is not None and torch.equal(x, y) for x, y in zip(self.last_text, text)):
+            keys = TextCache()
+            with torch.no_grad():
+                x = self.model.embed_tokens(text[0])
+                x = run_blocks(blocks, x, text[1], mask[..., :T, :T], self.frequencies, keys)
+            self.last_text = *text, keys, x
+        _, _, keys, x = self.last_text                                              # (B, T, C)
+
+        # --- 3. The regions behind it: mask tokens, or for the teacher what the student wrote
+        y = self.model.embed_tokens(ids[:, T:])                                     # (B, L - T, C)
+        y = run_blocks(blocks, y, positions[:, T:], mask[..., T:, :], self.frequencies, keys)
+        x = torch.cat((x, y), dim=1)                                                # (B, L, C)
+        x = self.model.norm(x if at is None else x[at])
+        return self.logits(x) if head else x
+
+
+# --------------------------------------------------------------------------------------------------
+# The modules beside its weights
 
 class Gate:
     """Where the mask tokens of the present pass stand: (row, place), two (M,) long. Shared by all
@@ -112,7 +179,7 @@ class AdaptedEmbedding(nn.Module):
 
 
 def add_adapters(model, rank, mask_id, seed=0):
-    """Freeze a Transformer and put adapters beside the linear layers of its blocks, in place. It
+    """Freeze an Adapted and put adapters beside the linear layers of its blocks, in place. It
     has a row for the mask token already (`model.add_mask_token`)."""
     gate, generator = Gate(), torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
@@ -159,7 +226,7 @@ def save_adapters(model, start, name, folder, weights=None):
 
 
 def load_adapted(folder, dtype=torch.float32, device="cpu"):
-    """The start model of a folder with its adapters, a Transformer. InputError where the two do not
+    """The start model of a folder with its adapters, an Adapted. InputError where the two do not
     belong together, or one is damaged."""
     where = Path(folder) / "adapter_config.json"
     described = read_json(where)
@@ -169,7 +236,7 @@ def load_adapted(folder, dtype=torch.float32, device="cpu"):
     if field(described, "nanomtp", dict, {}, where=where).get("start") != fingerprint(start):
         raise InputError(f"{folder} was trained on another {name} than the one that is there")
     config = read_json(Path(folder) / "config.json")
-    model = Transformer.from_pretrained(start, dtype, device)
+    model = Adapted.from_pretrained(start, dtype, device)
     mask_id = field(read_note(config), "mask_token_id", int, where=where)
     if mask_id >= model.config.vocab_size:
         add_mask_token(model, mask_id)

@@ -35,7 +35,7 @@ from common import cli              # before torch: Ctrl-C while that is loading
 
 import torch
 
-from adapters import add_adapters, load_adapted, save_adapters
+from adapters import Adapted, add_adapters, load_adapted, save_adapters
 from common import parallel
 from common.checkpoint import (
     Checkpoints, Log, find_run, hash_of_rows, load_trainer, restore)
@@ -497,7 +497,7 @@ def load_for_adapters(start, folder, tokenizer, args, device):
     dtype, fresh = DTYPES[args.dtype], tokenizer.mask_id is None
     tokenizer.add_mask_token()
     if folder == start:
-        student = Transformer.from_pretrained(start, dtype, device)
+        student = Adapted.from_pretrained(start, dtype, device)
         if fresh:
             add_mask_token(student, tokenizer.mask_id, args.seed)
         add_adapters(student, args.adapters, tokenizer.mask_id, args.seed)

@@ -2,8 +2,11 @@
 adapters.py: text is the start model's to the last bit, whatever was trained; only adapters and the
 mask token's row are; the teacher is the same module; and what is saved comes back.
 """
+import functools
 import json
+import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +14,15 @@ from conftest import TINY_VOCAB, log_rows, random_prompts, tiny_checkpoint, trai
 from safetensors.torch import load_file, save_file
 from test_cli import assert_refused, cli
 
+import adapters
 import eval_gsm8k
 import sample
 import train
-from adapters import AdaptedLinear, add_adapters, load_adapted, on_disk, trained_weights
+from adapters import Adapted, AdaptedLinear, add_adapters, load_adapted, on_disk, trained_weights
 from common.files import read_json, write_json
 from common.tokenizer import Tokenizer
-from model import Transformer, add_mask_token
+from model import Transformer, add_mask_token, run_blocks
+from mtp import make_batch, region_loss
 from sample import generate, load
 from speculate import speculate
 
@@ -131,6 +136,64 @@ def test_adapters_are_what_a_dense_reference_computes(start):
         delta = layer(x) - torch.nn.functional.linear(x, layer.weight, layer.bias)
         by_hand = (ids == TINY_VOCAB)[..., None] * (x @ (layer.lora_B @ layer.lora_A).T)
         torch.testing.assert_close(delta, by_hand, rtol=1e-4, atol=1e-4)
+
+
+def gradients_of(model, batch, forward, tokenizer, dtype):
+    """Loss and gradients of one pass, with `forward` as the model's forward pass."""
+    model.zero_grad()
+    call = functools.partial(forward, model)
+    call.output_matrix = model.output_matrix
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss, seen = region_loss(call, call, batch, tokenizer, batch.truth.numel())
+    loss.backward()
+    return loss.item(), seen, {name: p.grad for name, p in trained_weights(model).items()}
+
+
+@pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_reading_the_text_once_changes_nothing(start, k, dtype, bidirectional):
+    """Against the plain Transformer's forward, which reads all of it twice and with gradient: rows
+    of different lengths, with padding in text and regions."""
+    model = add_adapters(Adapted.from_pretrained(start, dtype), 4, TINY_VOCAB - 1)
+    with torch.no_grad():
+        for name, p in trained_weights(model).items():
+            if name.endswith("lora_B"):
+                p.normal_(std=0.1)
+    tokenizer = SimpleNamespace(mask_id=TINY_VOCAB - 1, stop_ids={2}, end_id=2)
+    rng = random.Random(k)
+    rows = [(n // 2, [rng.randrange(3, TINY_VOCAB - 1) for _ in range(n)]) for n in (9, 22, 14)]
+    batch = make_batch(rows, k, 1, 2, tokenizer, CPU, bidirectional)
+    loss, seen, own = gradients_of(model, batch, Adapted.forward, tokenizer, dtype)
+    plain, expected_seen, expected = gradients_of(model, batch, Transformer.forward, tokenizer, dtype)
+    close = dict(rtol=1e-4, atol=1e-6) if dtype == torch.float32 else dict(rtol=0.1, atol=2e-2)
+    assert loss == pytest.approx(plain, rel=1e-5 if dtype == torch.float32 else 2e-2)
+    if dtype == torch.float32:
+        assert torch.equal(seen.rollout, expected_seen.rollout)
+        assert torch.equal(seen.targets, expected_seen.targets)
+    assert own.keys() == expected.keys()
+    for name in own:
+        assert own[name].abs().max() > 0
+        torch.testing.assert_close(own[name], expected[name], **close)
+
+
+def test_the_text_is_read_once_for_both(start, monkeypatch):
+    """And anew where it is another one."""
+    model = add_adapters(Adapted.from_pretrained(start), 4, TINY_VOCAB - 1)
+    tokenizer = SimpleNamespace(mask_id=TINY_VOCAB - 1, stop_ids={2}, end_id=2)
+    passes = []
+
+    def spy(blocks, x, *rest, **more):
+        passes.append((x.shape[1], torch.is_grad_enabled()))
+        return run_blocks(blocks, x, *rest, **more)
+
+    monkeypatch.setattr(adapters, "run_blocks", spy)
+    for text in ([5] * 12, [6] * 12, [6] * 12):
+        batch = make_batch([(6, text)], 3, 0, 2, tokenizer, CPU)
+        region_loss(model, model, batch, tokenizer, 1)
+    regions = batch.ids.shape[1] - 12
+    both = [(regions, True), (regions, False)]              # student and teacher
+    assert passes == [(12, False), *both, (12, False), *both, *both]
 
 
 def test_slot_1_agrees_always_and_the_others_learn(tmp_path, tiny):
