@@ -24,13 +24,16 @@ each, and only theirs goes backward:
                     teacher
     adapters        once, for both          student, backward, teacher
 
-A folder that `save_adapters` writes holds the adapters under PEFT's names (adapter_config.json and
-adapter_model.safetensors), where the start checkpoint is, and a hash of it. PEFT itself knows no
-gate: it would add B A x to the text as well.
+`save_adapters` writes them as PEFT has them, into a folder adapters/ of its own, with where the
+start checkpoint is and a hash of it. PEFT applies them from a mask token on (as an "activated
+LoRA"), so there, too, text stays the start model's. With --merge-start the start's weight files
+lie beside that folder, byte for byte, and transformers opens the whole: custom_generate/generate.py
+finds the adapters.
 
 Shapes: B rows, T fed tokens, C hidden size, M mask tokens of a pass, r rank.
 """
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -39,10 +42,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from common.cli import InputError, reading
-from common.files import field, read_json, read_note, write_json
+from common.files import field, read_json, read_note, start_files, weight_files, write_json
 from common.hub import resolve
-from common.records import fingerprint
-from model import Fused, Transformer, add_mask_token, run_blocks
+from common.records import hash_of
+from model import Fused, Transformer, add_custom_generate, add_mask_token, run_blocks
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -206,42 +209,52 @@ def on_disk(name):
     return f"base_model.model.{name}"
 
 
-def save_adapters(model, start, name, folder, weights=None):
+def save_adapters(model, start, name, merge_start, folder, weights=None):
     """Write adapters and configuration into `folder`.
 
     start, name     the start checkpoint's folder, and what --model called it
+    merge_start     copy the start's weights, too
     weights         {name: tensor} of the model, where they are not to be taken from itself
     """
-    weights = model.state_dict() if weights is None else weights
+    folder, weights = Path(folder), model.state_dict() if weights is None else weights
     own = {on_disk(key): weights[key].detach().cpu().float().contiguous()
            for key in trained_weights(model)}
-    save_file(own, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapters").mkdir()
+    save_file(own, folder / "adapters" / "adapter_model.safetensors", metadata={"format": "pt"})
     rank = next(p for key, p in trained_weights(model).items() if key.endswith("lora_A")).shape[0]
-    write_json(Path(folder) / "adapter_config.json", {
+    mask_id = model.model.embed_tokens.mask_id
+    write_json(folder / "adapters" / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(name),
         "r": rank, "lora_alpha": rank, "target_modules": list(TARGETS),
-        "nanomtp": {"gated": "at mask tokens alone", "start": fingerprint(start)}})
-    write_json(Path(folder) / "config.json",
-               model.config.raw | {"vocab_size": model.config.vocab_size})
+        # without these PEFT would add B A x to the text, too
+        "alora_invocation_tokens": [mask_id],
+        "nanomtp": {"start": hash_of(weight_files(start))}})
+    write_json(folder / "config.json", model.config.raw)    # the start's but for train.py's note
+    if merge_start:
+        for file in start_files(start):
+            shutil.copy(file, folder)
+        add_custom_generate(folder)
 
 
 def load_adapted(folder, dtype=torch.float32, device="cpu"):
     """The start model of a folder with its adapters, an Adapted. InputError where the two do not
     belong together, or one is damaged."""
-    where = Path(folder) / "adapter_config.json"
+    folder = Path(folder)
+    where = folder / "adapters" / "adapter_config.json"
     described = read_json(where)
     name = field(described, "base_model_name_or_path", str, where=where)
     rank = field(described, "r", int, least=1, most=10_000, where=where)
-    start = resolve(name)
-    if field(described, "nanomtp", dict, {}, where=where).get("start") != fingerprint(start):
+    start = folder if start_files(folder) else resolve(name)            # see --merge-start
+    expected = field(described, "nanomtp", dict, {}, where=where).get("start")
+    if expected != hash_of(weight_files(start)):
         raise InputError(f"{folder} was trained on another {name} than the one that is there")
-    config = read_json(Path(folder) / "config.json")
+    config = read_json(folder / "config.json")
     model = Adapted.from_pretrained(start, dtype, device)
     mask_id = field(read_note(config), "mask_token_id", int, where=where)
     if mask_id >= model.config.vocab_size:
         add_mask_token(model, mask_id)
     add_adapters(model, rank, mask_id)
-    file = Path(folder) / "adapter_model.safetensors"
+    file = where.with_name("adapter_model.safetensors")
     with reading(file):
         weights = load_file(file)
         for key, p in trained_weights(model).items():

@@ -597,7 +597,13 @@ def save_pretrained(model, folder, weights=None):
 
     write_json(Path(folder) / "config.json", raw)
     save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-    if "mask_token_id" in raw.get("nanomtp", {}):   # transformers then decodes as sample.py does
-        target = Path(folder) / "custom_generate"
-        target.mkdir(exist_ok=True)
-        shutil.copy(Path(__file__).parent / "common" / "custom_generate" / "generate.py", target)
+    if "mask_token_id" in raw.get("nanomtp", {}):
+        add_custom_generate(folder)
+
+
+def add_custom_generate(folder):
+    """Put common/custom_generate/generate.py into a folder: with it transformers decodes the model
+    as sample.py does."""
+    target = Path(folder) / "custom_generate"
+    target.mkdir(exist_ok=True)
+    shutil.copy(Path(__file__).parent / "common" / "custom_generate" / "generate.py", target)

@@ -193,7 +193,7 @@ def load(name, device, dtype):
     """For a --model name: (model, ready to decode; tokenizer; train.py's note in config.json, {} if
     it was not trained here; heads of heads.py, or None)."""
     folder = resolve(name)
-    if (folder / "adapter_config.json").exists():
+    if (folder / "adapters" / "adapter_config.json").exists():
         model = load_adapted(folder, dtype, device)
     else:
         model = Transformer.from_pretrained(folder, dtype, device)

@@ -132,6 +132,8 @@ def get_args():
     add("--adapters", type=int, metavar="RANK",
         help="freeze the model and train low-rank adapters that act at mask tokens alone "
         "(adapters.py): its text stays the same")
+    add("--merge-start", action=SWITCH, default=False,
+        help="save the start model's weights beside the adapters: one folder has all")
     add("--bidirectional", action=SWITCH, default=False,
         help="mask tokens of a region see each other both ways; the anchor stays causal, which the "
         "authors' does not")
@@ -231,6 +233,9 @@ def check_method(args, parser):
                           or args.slot1_weight != 1):
         raise InputError("--adapters leaves the text as it is: it goes with --k above 1, and not "
                          "with --random-init, --prefix-loss, --slot1-weight or --fsdp")
+    if args.merge_start and not args.adapters:
+        raise InputError("--merge-start belongs to --adapters RANK: what else is trained is saved "
+                         "whole anyway")
     if args.extend and (args.loop or args.draft_vocab):
         raise InputError("--extend copies heads as they are: leave out --loop and --draft-vocab")
     if args.heads and args.targets == "soft":
@@ -512,6 +517,8 @@ def note_for_masks(raw, tokenizer, args):
     raw["nanomtp"] = {
         "mask_token_id": tokenizer.mask_id, "k_max": args.k, "bidirectional": args.bidirectional,
         "prompt_format": args.prompt_format, "data": args.data}
+    if args.adapters:                   # a rank; in the folder adapters/ beside this
+        raw["nanomtp"]["adapters"] = args.adapters
     if not args.bidirectional:          # what vLLM and TensorRT-LLM call it, which draft causally
         raw["pard_token"] = tokenizer.mask_id
 
@@ -587,7 +594,7 @@ def main():
 
     # --- data and tokens
     start = resolve(args.model)
-    if (start / "adapter_config.json").exists():
+    if (start / "adapters" / "adapter_config.json").exists():
         raise InputError(f"{args.model} holds adapters: give --model their start checkpoint")
     tokenizer = Tokenizer(start)
     args.prompt_format = args.prompt_format or tokenizer.default_format
@@ -611,7 +618,7 @@ def main():
         save = functools.partial(save_heads, student, teacher.model, start)
     elif args.adapters:
         student, teacher = load_for_adapters(start, folder, tokenizer, args, device)
-        save = functools.partial(save_adapters, student, start, args.model)
+        save = functools.partial(save_adapters, student, start, args.model, args.merge_start)
     else:
         student, teacher = load_models(start, folder, tokenizer, args, device)
         save = functools.partial(save_pretrained, student)

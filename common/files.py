@@ -66,13 +66,21 @@ def read_note(raw):
     return note
 
 
+def start_files(folder):
+    """The files with a model's weights in a folder: one, or shards and their index; [] for none."""
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    return [*weight_files(folder), index] if index.exists() else []
+
+
 def weight_files(folder):
     """The safetensors files of a folder, in order: one file, or the shards that the index names."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    for name in ("model.safetensors", "adapter_model.safetensors"):
-        if (folder / name).exists():
-            return [folder / name]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
     if not index.exists():
         raise InputError(f"{folder} holds no model.safetensors (pickled weights are not read: "
                          "convert them first)")

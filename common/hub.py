@@ -275,9 +275,9 @@ def fetch_hub(name):
     offline = ("what works offline: a local folder, --model tiny, or smollm2-135m if it was "
                "fetched before")
     wanted = ["*.json", "*.safetensors", "*.jinja"]
+    others = ["[!a]*/*", "a[!d]*/*"]                    # folders in it, but adapters/
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted,
-                                      ignore_patterns=["original/*", "*/*"]))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=others))
     except GatedRepoError:
         raise InputError(f"{name} is gated: accept its licence on the hub, then log in with "
                          "`hf auth login`") from None

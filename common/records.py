@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common import parallel
 from common.cli import Alone, InputError, reading, say
-from common.files import weight_files
+from common.files import start_files, weight_files
 
 
 # What the table is made of
@@ -18,9 +18,17 @@ NEEDED = {"id", "strategy", "batch", "batch_rows", "tokens", "chunks", "finish",
 
 
 def fingerprint(folder):
-    """Tells checkpoints apart: a hash over name, size, first and last megabyte of weight files."""
+    """Tells checkpoints apart: `hash_of` the weights of a model, of adapters, or of both."""
+    adapters = Path(folder) / "adapters" / "adapter_model.safetensors"
+    if not adapters.exists():
+        return hash_of(weight_files(folder))
+    return hash_of([file for file in start_files(folder) if file.suffix != ".json"] + [adapters])
+
+
+def hash_of(files):
+    """Over name, size, first and last megabyte of files of weights: 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for file in weight_files(folder):
+    for file in files:
         size = file.stat().st_size
         with open(file, "rb") as handle:
             digest.update(f"{file.name} {size}".encode() + handle.read(2 ** 20))

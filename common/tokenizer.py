@@ -158,7 +158,9 @@ class Tokenizer:
         self.by_id |= {i: text.encode() for text, i in added.items()}
         ids = [*ranks.values(), *added.values()]
         vocab_size = field(config, "vocab_size", int, 10 ** 8, least=1, most=10 ** 8)
-        fit = all(type(i) is int and 0 <= i < vocab_size for i in ids)
+        # the start model of adapters has no row for the mask token: that one is theirs
+        rows = vocab_size + ("adapters" in read_note(config))
+        fit = all(type(i) is int and 0 <= i < rows for i in ids)
         if not fit or len(set(ids)) < len(ids):
             raise InputError(f"{folder}/tokenizer.json: ids must differ, and lie below the "
                              f"vocab_size of config.json, {vocab_size}")

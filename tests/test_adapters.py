@@ -20,6 +20,7 @@ import sample
 import train
 from adapters import Adapted, AdaptedLinear, add_adapters, load_adapted, on_disk, trained_weights
 from common.files import read_json, write_json
+from common.records import fingerprint
 from common.tokenizer import Tokenizer
 from model import Transformer, add_mask_token, run_blocks
 from mtp import make_batch, region_loss
@@ -89,7 +90,7 @@ def test_no_start_weight_changes_by_a_bit(start, tmp_path, monkeypatch):
         assert torch.equal(own[:len(x)], x), name
     moved = {name for name, p in trained_weights(student).items()}
     assert moved == {name for name in state if "lora" in name or "mask_row" in name}
-    there = load_file(out / "latest" / "adapter_model.safetensors")
+    there = load_file(out / "latest" / "adapters" / "adapter_model.safetensors")
     assert set(there) == {on_disk(name) for name in moved}
     assert not (out / "latest" / "model.safetensors").exists()
     assert all(there[on_disk(name)].abs().sum() > 0 for name in moved)
@@ -210,7 +211,7 @@ def test_resumed_is_bit_equal(start, tmp_path):
     whole = train_briefly(tmp_path / "whole", *FLAGS, "--model", start, "--steps", 6)
     parts = train_briefly(tmp_path / "parts", *FLAGS, "--model", start, "--steps", 3)
     train_briefly(parts, *FLAGS, "--model", start, "--steps", 6, "--resume")
-    ours, theirs = (load_file(out / "latest" / "adapter_model.safetensors")
+    ours, theirs = (load_file(out / "latest" / "adapters" / "adapter_model.safetensors")
                     for out in (parts, whole))
     assert all(torch.equal(ours[name], x) for name, x in theirs.items())
     assert [row["loss"] for row in log_rows(parts, "train")] == [
@@ -219,20 +220,63 @@ def test_resumed_is_bit_equal(start, tmp_path):
 
 def test_the_folder(start, trained):
     """PEFT's names, the start's name and hash, and a tokenizer with the mask token."""
-    described = read_json(trained / "latest" / "adapter_config.json")
+    described = read_json(trained / "latest" / "adapters" / "adapter_config.json")
     assert described["peft_type"] == "LORA" and described["r"] == described["lora_alpha"] == 4
     assert described["base_model_name_or_path"] == str(start)
-    names = set(load_file(trained / "latest" / "adapter_model.safetensors"))
+    assert described["alora_invocation_tokens"] == [TINY_VOCAB]         # PEFT leaves text alone
+    names = set(load_file(trained / "latest" / "adapters" / "adapter_model.safetensors"))
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
     assert "base_model.model.model.embed_tokens.mask_row" in names
     assert len(names) == 2 * 7 * 2 + 1
     assert Tokenizer(trained / "latest").mask_id == TINY_VOCAB
 
 
+def test_merge_start_writes_a_whole_folder(start, trained, tmp_path):
+    """The start's weight file to the byte; it needs the start no longer; the adapters are those of
+    the same training without the flag. Other adapters make another fingerprint."""
+    moved = shutil.copytree(start, tmp_path / "start")
+    out = train_briefly(tmp_path / "out", *FLAGS, "--model", moved, "--merge-start")
+    whole = out / "latest"
+    shutil.rmtree(moved)
+    assert ((whole / "model.safetensors").read_bytes()
+            == (start / "model.safetensors").read_bytes())
+    assert read_json(whole / "config.json")["vocab_size"] == TINY_VOCAB
+    name = "adapters/adapter_model.safetensors"
+    assert (whole / name).read_bytes() == (trained / "latest" / name).read_bytes()
+    prompts = random_prompts(3, seed=1)
+    answers = []
+    for folder in (whole, trained / "latest"):
+        model, tokenizer, note, _ = load(str(folder), CPU, torch.float32)
+        assert note["adapters"] == 4
+        answers.append([answer.tokens for answer in generate(
+            model, tokenizer, prompts, 3, 0.1, max_new_tokens=20)])
+    assert answers[0] == answers[1]
+
+    assert fingerprint(whole) != fingerprint(trained / "latest") != fingerprint(start)
+    weights = load_file(whole / name)
+    weights["base_model.model.model.embed_tokens.mask_row"] += 1
+    before = fingerprint(whole)
+    save_file(weights, whole / name)
+    assert fingerprint(whole) != before
+
+
+def test_merge_start_of_shards(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    single = tiny_checkpoint(tmp_path / "single", "llama")
+    sharded = shutil.copytree(single, tmp_path / "sharded")
+    (sharded / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(single).save_pretrained(sharded, max_shard_size="40KB")
+    out = train_briefly(tmp_path / "out", *FLAGS, "--model", sharded, "--merge-start")
+    written = sorted(file.name for file in (out / "latest").glob("*model*"))
+    assert written == sorted(file.name for file in sharded.glob("*model*")) and len(written) > 2
+    load_adapted(out / "latest")
+
+
 def test_what_does_not_belong_together_is_refused(start, trained, tmp_path):
     folder = shutil.copytree(trained / "latest", tmp_path / "adapters")
     moved = shutil.copytree(start, tmp_path / "moved")
-    where = folder / "adapter_config.json"
+    where = folder / "adapters" / "adapter_config.json"
     described = read_json(where)
 
     def refused(message, **changes):
@@ -249,13 +293,13 @@ def test_what_does_not_belong_together_is_refused(start, trained, tmp_path):
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     refused("was trained on another", base_model_name_or_path=str(moved))
     write_json(where, described)
-    own = load_file(folder / "adapter_model.safetensors")
+    own = load_file(folder / "adapters" / "adapter_model.safetensors")
     name = next(iter(own))
     own[name][0] = float("nan")
-    save_file(own, folder / "adapter_model.safetensors")
+    save_file(own, folder / "adapters" / "adapter_model.safetensors")
     assert_refused(cli(sample, "x", "--model", folder), "not finite")
     own.pop(name)
-    save_file(own, folder / "adapter_model.safetensors")
+    save_file(own, folder / "adapters" / "adapter_model.safetensors")
     assert_refused(cli(sample, "x", "--model", folder), "adapter_model.safetensors is damaged")
 
 
@@ -271,6 +315,7 @@ def test_flags_that_do_not_go_with_it(tiny, tmp_path, flags):
     result = cli(train, "--model", tiny, "--adapters", 4, *flags, "--out", tmp_path / "out")
     assert_refused(result, "--adapters leaves the text as it is")
     assert_refused(cli(train, "--model", tiny, "--adapters", 4, "--heads", 2), "--adapters belongs")
+    assert_refused(cli(train, "--model", tiny, "--merge-start"), "--merge-start belongs to")
 
 
 def test_evaluation_beside_the_start(start, trained, tmp_path):

@@ -17,6 +17,7 @@ from conftest import (
     ROOT, TINY_VOCAB, random_prompts, tiny_tokenizer, tokens, train_briefly)
 from test_style import imported
 
+from adapters import load_adapted
 from common.files import read_json
 from common.hub import resolve
 from common.tokenizer import Tokenizer
@@ -83,7 +84,10 @@ def case(folder, tokenizer, prompts):
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ours = Transformer.from_pretrained(folder).eval()
+    if (folder / "adapters").exists():
+        ours = load_adapted(folder).eval()
+    else:
+        ours = Transformer.from_pretrained(folder).eval()
     return Case(folder, theirs, ours, tokenizer, prompts, theirs.config.nanomtp["k_max"])
 
 
@@ -118,6 +122,16 @@ def brief_case(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def adapters_case(tiny, tmp_path_factory):
+    """A model as it was, and adapters that act at mask tokens."""
+    folder = tmp_path_factory.mktemp("adapters")
+    run = train_briefly(folder / "run", "--model", tiny, "--k", 3, "--adapters", 4, "--steps", 30,
+                        "--lr", 3e-2, "--warmup", 0, "--limit", 4, "--merge-start")
+    shutil.copytree(run / "latest", folder / "latest")
+    return case(folder / "latest", Tokenizer(folder / "latest"), random_prompts(12, seed=5))
+
+
+@pytest.fixture(scope="module")
 def tiny_mtp(tmp_path_factory):
     """Its drafts are mostly right."""
     folder = tmp_path_factory.mktemp("tiny-mtp") / "latest"
@@ -128,7 +142,7 @@ def tiny_mtp(tmp_path_factory):
     return case(folder, tokenizer, prompts + [prompts[0][:1]])
 
 
-@pytest.fixture(scope="module", params=["random_case", "brief_case", "tiny_mtp"])
+@pytest.fixture(scope="module", params=["random_case", "brief_case", "adapters_case", "tiny_mtp"])
 def any_case(request):
     return request.getfixturevalue(request.param)
 
@@ -323,8 +337,25 @@ def test_other_engines_find_the_mask_token(brief_case, tiny_mtp):
         assert config["pard_token"] == config["nanomtp"]["mask_token_id"] < config["vocab_size"]
 
 
+def test_adapters_leave_text_alone(adapters_case, tiny):
+    """Before and after they are attached: the start model's logits, to the last bit. At mask tokens
+    they do something, and a threshold keeps more than one token of a pass."""
+    from transformers import AutoModelForCausalLM
+
+    start = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    chunks = set()
+    for prompt in adapters_case.prompts:
+        adapters_case.generate(prompt, (3, None, False), max_new_tokens=6)
+        chunks |= set(adapters_case.expected(prompt, (3, 0.05, False), 25).chunks)
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            assert torch.equal(adapters_case.theirs(ids).logits, start(ids).logits)
+    assert max(chunks) > 1
+
+
 def test_it_stands_alone():
-    assert imported(SOURCE.relative_to(ROOT)) == {"functools", "torch", "transformers"}
+    assert imported(SOURCE.relative_to(ROOT)) == {
+        "functools", "safetensors", "torch", "transformers"}
 
 
 def test_defaults_are_those_of_sample():

@@ -37,12 +37,17 @@ Lossless decoding keeps y1, which is certain, and feeds y2 and y3 as *drafts*:
 
 Attention is the model's own, causal: mask tokens stand last, so no text ever sees one. After a pass
 the key/value cache is cut back to the text; what M and wrong drafts have left there goes.
+
+Of a model with adapters (nanoMTP's adapters.py) the weights are those from before training. At mask
+tokens, and nowhere else, a linear layer W has two thin matrices beside it: W x + B A x.
 """
 import functools
 
 import torch
+from safetensors.torch import load_file
 from transformers import DynamicCache, GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import cached_file
 
 
 def generate(inputs=None, *, model, k=None, threshold=None, lossless=False, streamer=None,
@@ -68,11 +73,43 @@ def generate(inputs=None, *, model, k=None, threshold=None, lossless=False, stre
         raise ValueError(f"k={k}: this model was trained for 1 to {note['k_max']} tokens per pass")
     if k is None and threshold is None and not lossless:
         threshold = 0.9
+    if "adapters" in note and not hasattr(model, "adapters_attached"):
+        attach_adapters(model, note["mask_token_id"])
+        model.adapters_attached = True
     # transformers prepares everything as for its own decoding, then calls our loop
     settings["custom_generate"] = functools.partial(
         decode, mask_id=note["mask_token_id"], k=k or note["k_max"], threshold=threshold,
         lossless=lossless, streamer=streamer)
     return GenerationMixin.generate(model, inputs, streamer=streamer, **settings)
+
+
+def attach_adapters(model, mask_id):
+    """Let the model's modules read mask tokens as training has it. Text is none of their business,
+    so it is no harm that the hooks stay."""
+    where = cached_file(model.name_or_path, "adapters/adapter_model.safetensors")
+    weights = {name: x.to(model.device, model.dtype) for name, x in load_file(where).items()}
+    mask_row = weights["base_model.model.model.embed_tokens.mask_row"]
+    masks = None                                            # (1, T) bool: where one was fed
+
+    def before_embedding(module, args):
+        nonlocal masks
+        masks = args[0] == mask_id
+        return (args[0].masked_fill(masks, 0),)             # the embedding may have no row for it
+
+    def after_embedding(module, args, embedded):
+        return torch.where(masks[..., None], mask_row, embedded)
+
+    def after_linear(A, B, module, args, y):
+        return y.index_put((masks,), args[0][masks] @ A.T @ B.T, accumulate=True)
+
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(before_embedding)
+    embedding.register_forward_hook(after_embedding)
+    for name, module in model.named_modules():
+        A = weights.get(f"base_model.model.{name}.lora_A.weight")                   # (r, in)
+        B = weights.get(f"base_model.model.{name}.lora_B.weight")                   # (out, r)
+        if A is not None:
+            module.register_forward_hook(functools.partial(after_linear, A, B))
 
 
 def decode(model, text, logits_processor, stopping_criteria, generation_config, *,
@@ -91,7 +128,7 @@ def decode(model, text, logits_processor, stopping_criteria, generation_config, 
         fed = certain + drafts + [mask_id] * (k - 1)
         logits = model(torch.tensor([fed], device=model.device), past_key_values=cache,
                        use_cache=True, logits_to_keep=len(drafts) + k).logits[0].float()
-        logits[:, mask_id] = -torch.inf                     # M is never written
+        logits[:, mask_id:mask_id + 1] = -torch.inf         # M, if it is there, is never written
         probability, predicted = logits.softmax(dim=-1).max(dim=-1)     # (drafts + k,) each
         predicted = predicted.tolist()
 
