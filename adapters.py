@@ -74,7 +74,8 @@ class TextCache:
 
 class Adapted(Transformer):
     """A Transformer with adapters (`add_adapters`). Computes what a Transformer does; in training,
-    that is without a cache, it reads a text without gradient, and but once in a row."""
+    that is without a cache, it reads a text without gradient, and the teacher takes the student's.
+    """
     last_text = (None, None, None, None)                    # ids, positions, TextCache, hidden
 
     def forward(self, ids, positions, mask, cache=None, at=None, head=True):
@@ -86,14 +87,17 @@ class Adapted(Transformer):
         # is none of it in any layout
         place = torch.arange(ids.shape[1], device=ids.device)
         is_text = (positions == place).any(dim=0) & (ids != self.model.embed_tokens.mask_id).all(0)
-        T = int(is_text.long().cumprod(dim=0).sum())
-        if not 0 < T < ids.shape[1]:                        # no region in any row
+        T, L = int(is_text.long().cumprod(dim=0).sum()), ids.shape[1]
+        student = torch.is_grad_enabled()
+        if T == 0 or (T == L and not student):
             return super().forward(ids, positions, mask, cache, at, head)
-
-        # --- 2. The text, if it is not the last one
+        T = min(T, L - 1)           # no region in any row: its last token goes by itself, so that a
+                                    # student always makes two passes, and has a gradient, if zero
+        # --- 2. The text: read by the student, and by a teacher if it is not the student's
         blocks, self.frequencies = self.model.layers, self.frequencies.to(ids.device)
         text = ids[:, :T], positions[:, :T]
-        if not all(x is not None and torch.equal(x, y) for x, y in zip(self.last_text, text)):
+        known = all(x is not None and torch.equal(x, y) for x, y in zip(self.last_text, text))
+        if student or not known:
             keys = TextCache()
             with torch.no_grad():
                 x = self.model.embed_tokens(text[0])

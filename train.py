@@ -229,10 +229,10 @@ def check_method(args, parser):
         raise InputError("--k trains mask tokens, and this preset heads: leave one out")
     if args.heads and args.random_init:                     # of the preset pretrain-tiny, too
         raise InputError("--random-init leaves heads no model to learn from: leave out --heads")
-    if args.adapters and (args.k == 1 or args.random_init or args.fsdp or args.prefix_loss
+    if args.adapters and (args.k == 1 or args.random_init or args.prefix_loss
                           or args.slot1_weight != 1):
         raise InputError("--adapters leaves the text as it is: it goes with --k above 1, and not "
-                         "with --random-init, --prefix-loss, --slot1-weight or --fsdp")
+                         "with --random-init, --prefix-loss or --slot1-weight")
     if args.merge_start and not args.adapters:
         raise InputError("--merge-start belongs to --adapters RANK: what else is trained is saved "
                          "whole anyway")

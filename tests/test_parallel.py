@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import in_two_processes, log_rows, run_train
 
+from adapters import Adapted, add_adapters, load_adapted
 from common import parallel
 from common.data import draw_rows, encode_rows, load_data
 from common.hub import resolve
@@ -89,6 +90,9 @@ MASKS = {
     "cut": ["--batch-size", 4, "--micro-batch-size", 1, "--targets", "ground-truth",
             "--seq-len", 30, "--stride", 1],
     "eval": ["--batch-size", 2, "--eval-every", 2, "--max-new-tokens", 6, "--save-every", 2],
+    # a text is read once, without gradient, and regions apart; the other rank has fewer, or none
+    "adapters": ["--adapters", 4, "--batch-size", 3, "--micro-batch-size", 1, "--stride", 9,
+                 "--eval-every", 2, "--max-new-tokens", 6],
 }
 HEADS = {                                   # by DDP alone
     "heads": ["--heads", 3, "--batch-size", 4, "--micro-batch-size", 1],
@@ -100,7 +104,7 @@ HEADS = {                                   # by DDP alone
 }
 VARIANTS = {name: ["--k", 3, *flags] for name, flags in MASKS.items()} | HEADS
 RUNS = [(way, name) for way in SPREAD for name in VARIANTS if way == "DDP" or name in MASKS]
-HALVED = ("soft", "looped")                 # go on with another number of processes
+HALVED = ("soft", "adapters", "looped")                 # go on with another number of processes
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +153,14 @@ def flat_weights(model):
 
 
 def at_the_start(out):
-    """What a run has trained, as it was before: a Transformer or Heads."""
+    """What a run has trained, as it was before: a Transformer, Adapted or Heads."""
     args, = log_rows(out, "start")
     start = resolve(args["model"])
     model = Transformer.from_pretrained(start)
+    if args["adapters"]:
+        model, mask_id = Adapted.from_pretrained(start), Tokenizer(start).free_id
+        add_mask_token(model, mask_id)
+        return add_adapters(model, args["adapters"], mask_id)
     if args["heads"] is None:
         add_mask_token(model, Tokenizer(start).free_id)
         return model
@@ -163,7 +171,10 @@ def at_the_start(out):
 
 def at_the_end(out):
     """The same as it is now."""
-    return load_heads(out / "latest") or Transformer.from_pretrained(out / "latest")
+    latest = out / "latest"
+    if (latest / "adapters").exists():
+        return load_adapted(latest)
+    return load_heads(latest) or Transformer.from_pretrained(latest)
 
 
 def assert_same_run(ours, theirs):
@@ -196,7 +207,8 @@ def test_two_processes_are_one(runs, way, variant):
     root, _ = runs
     assert_same_run(root / way / variant, root / "one" / variant)
     evals, expected = (log_rows(root / name / variant, "eval") for name in (way, "one"))
-    assert len(evals) == len(expected) == (3 if variant in ("eval", "looped") else 0)
+    assert len(evals) == len(expected) == (
+        3 if variant in ("eval", "adapters", "looped") else 0)
     for ours, theirs in zip(evals, expected):                       # text and all
         assert ours | {"minutes": 0} == theirs | {"minutes": 0}
 
