@@ -240,20 +240,27 @@ def save_adapters(model, start, name, merge_start, folder, weights=None):
         add_custom_generate(folder)
 
 
+def start_of(folder):
+    """The folder with the start's weights, for a folder with adapters: itself (--merge-start) or
+    another one. InputError where they are not those that the adapters were trained on."""
+    where = folder / "adapters" / "adapter_config.json"
+    described = read_json(where)
+    name = field(described, "base_model_name_or_path", str, where=where)
+    start = folder if start_files(folder) else resolve(name)
+    expected = field(described, "nanomtp", dict, {}, where=where).get("start")
+    if expected != hash_of(weight_files(start)):
+        raise InputError(f"{folder} was trained on another {name} than the one that is there")
+    return start
+
+
 def load_adapted(folder, dtype=torch.float32, device="cpu"):
     """The start model of a folder with its adapters, an Adapted. InputError where the two do not
     belong together, or one is damaged."""
     folder = Path(folder)
     where = folder / "adapters" / "adapter_config.json"
-    described = read_json(where)
-    name = field(described, "base_model_name_or_path", str, where=where)
-    rank = field(described, "r", int, least=1, most=10_000, where=where)
-    start = folder if start_files(folder) else resolve(name)            # see --merge-start
-    expected = field(described, "nanomtp", dict, {}, where=where).get("start")
-    if expected != hash_of(weight_files(start)):
-        raise InputError(f"{folder} was trained on another {name} than the one that is there")
+    rank = field(read_json(where), "r", int, least=1, most=10_000, where=where)
     config = read_json(folder / "config.json")
-    model = Adapted.from_pretrained(start, dtype, device)
+    model = Adapted.from_pretrained(start_of(folder), dtype, device)
     mask_id = field(read_note(config), "mask_token_id", int, where=where)
     if mask_id >= model.config.vocab_size:
         add_mask_token(model, mask_id)

@@ -29,6 +29,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from adapters import start_of
 from common import cli
 from common.cli import ArgumentParser, InputError
 from common.data import load_questions
@@ -93,7 +94,10 @@ def contender(pipe, name, strategy, args):
         if strategy is None:
             from transformers import AutoModelForCausalLM
 
-            model = AutoModelForCausalLM.from_pretrained(resolve(args.model), dtype=dtype)
+            folder = resolve(args.model)
+            if (folder / "adapters" / "adapter_config.json").exists():
+                folder = start_of(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
             model = model.to(device).eval()
             settings = {"prompt_lookup_num_tokens": 10} if name == LOOKUP else {}
         else:

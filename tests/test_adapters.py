@@ -18,7 +18,8 @@ import adapters
 import eval_gsm8k
 import sample
 import train
-from adapters import Adapted, AdaptedLinear, add_adapters, load_adapted, on_disk, trained_weights
+from adapters import (
+    Adapted, AdaptedLinear, add_adapters, load_adapted, on_disk, start_of, trained_weights)
 from common.files import read_json, write_json
 from common.records import fingerprint
 from common.tokenizer import Tokenizer
@@ -253,6 +254,7 @@ def test_merge_start_writes_a_whole_folder(start, trained, tmp_path):
             model, tokenizer, prompts, 3, 0.1, max_new_tokens=20)])
     assert answers[0] == answers[1]
 
+    assert (start_of(trained / "latest"), start_of(whole)) == (start, whole)    # for transformers
     assert fingerprint(whole) != fingerprint(trained / "latest") != fingerprint(start)
     weights = load_file(whole / name)
     weights["base_model.model.model.embed_tokens.mask_row"] += 1

@@ -90,7 +90,16 @@ def with_heads(tmp_path_factory):
         "--lr", 5e-3, "--warmup", 2, "--cooldown", 0)
 
 
+@pytest.fixture(scope="module")
+def with_adapters(tmp_path_factory):
+    """The tiny model as it was, with adapters after a few steps; no folder but that of adapters."""
+    return train_briefly(
+        tmp_path_factory.mktemp("adapters") / "out", "--adapters", 16, "--k", 3, "--steps", 40,
+        "--batch-size", 8, "--lr", 1e-2, "--warmup", 2, "--cooldown", 20)
+
+
 @pytest.mark.parametrize("checkpoint, flags, name", [
+    ("with_adapters", {"threshold": 0.3}, "adaptive 0.3"),
     ("trained", {"k": 3}, "static 3"), ("trained", {"threshold": 0.3}, "adaptive 0.3"),
     ("with_heads", {}, "lossless 4 heads"), ("with_heads", {"k": 2}, "lossless 2 heads")])
 def test_same_answers_as_eval_gsm8k(checkpoint, flags, name, tasks, tmp_path, request):
@@ -118,6 +127,14 @@ def test_same_answers_as_eval_gsm8k(checkpoint, flags, name, tasks, tmp_path, re
     requests = [SimpleNamespace(args=(WordProblems(0, "test")[i]["question"] + "\n\n", settings))
                 for i in range(LIMIT)]
     assert model.generate_until(requests, disable_tqdm=True) == texts
+
+
+def test_adapters_change_no_log_likelihood(with_adapters):
+    """Nothing but decoding feeds mask tokens: the harness scores the start model."""
+    requests = [SimpleNamespace(args=("Ava has 3 apples.", " Ben has 4."))]
+    ours, start = (adapter.NanoMTP(str(name)).loglikelihood(requests, disable_tqdm=True)
+                   for name in (with_adapters, "tiny"))
+    assert ours == start
 
 
 def test_log_likelihoods_are_the_plain_models(trained, tasks):
