@@ -73,44 +73,44 @@ class TextCache:
 
 
 class Adapted(Transformer):
-    """A Transformer with adapters (`add_adapters`). Computes what a Transformer does; in training,
-    that is without a cache, it reads a text without gradient, and the teacher takes the student's.
-    """
-    last_text = (None, None, None, None)                    # ids, positions, TextCache, hidden
+    """A Transformer with adapters (`add_adapters`), which computes what a Transformer does. In
+    training, that is without a cache, a pass with gradient is the student's; one without, on the
+    same text, the teacher's."""
+    text = None                     # the student's: ids, positions, its hidden states, a TextCache
 
     def forward(self, ids, positions, mask, cache=None, at=None, head=True):
-        if cache is not None:                               # decoding
+        # --- 1. The text: for a student all that stands in front of the first mask token, which it
+        # does not see. (If there is none, up to the last token, so that there always is a second
+        # part: FSDP needs the same passes on all ranks.) A teacher has it from the student
+        if cache is None and torch.is_grad_enabled():
+            is_mask = (ids == self.model.embed_tokens.mask_id).any(dim=0)               # (L,)
+            T = int(is_mask.long().argmax()) if is_mask.any() else ids.shape[1] - 1
+            self.read_text(ids[:, :T], positions[:, :T], mask[..., :T, :T])
+        elif cache is not None or not self.begins_with_text(ids, positions):
             return super().forward(ids, positions, mask, cache, at, head)
+        _, _, x, keys = self.text
+        T = x.shape[1]
 
-        # --- 1. Where does the text end, which sees nothing behind it? In mtp.py's layout place and
-        # position are the same there, in the longest row at least, and nowhere behind. A mask token
-        # is none of it in any layout
-        place = torch.arange(ids.shape[1], device=ids.device)
-        is_text = (positions == place).any(dim=0) & (ids != self.model.embed_tokens.mask_id).all(0)
-        T, L = int(is_text.long().cumprod(dim=0).sum()), ids.shape[1]
-        student = torch.is_grad_enabled()
-        if T == 0 or (T == L and not student):
-            return super().forward(ids, positions, mask, cache, at, head)
-        T = min(T, L - 1)           # no region in any row: its last token goes by itself, so that a
-                                    # student always makes two passes, and has a gradient, if zero
-        # --- 2. The text: read by the student, and by a teacher if it is not the student's
-        blocks, self.frequencies = self.model.layers, self.frequencies.to(ids.device)
-        text = ids[:, :T], positions[:, :T]
-        known = all(x is not None and torch.equal(x, y) for x, y in zip(self.last_text, text))
-        if student or not known:
-            keys = TextCache()
-            with torch.no_grad():
-                x = self.model.embed_tokens(text[0])
-                x = run_blocks(blocks, x, text[1], mask[..., :T, :T], self.frequencies, keys)
-            self.last_text = *text, keys, x
-        _, _, keys, x = self.last_text                                              # (B, T, C)
-
-        # --- 3. The regions behind it: mask tokens, or for the teacher what the student wrote
+        # --- 2. The regions behind it: mask tokens, or what the student wrote in their place
         y = self.model.embed_tokens(ids[:, T:])                                     # (B, L - T, C)
-        y = run_blocks(blocks, y, positions[:, T:], mask[..., T:, :], self.frequencies, keys)
+        y = run_blocks(self.model.layers, y, positions[:, T:], mask[..., T:, :], self.frequencies,
+                       keys)
         x = torch.cat((x, y), dim=1)                                                # (B, L, C)
         x = self.model.norm(x if at is None else x[at])
         return self.logits(x) if head else x
+
+    @torch.no_grad()
+    def read_text(self, ids, positions, mask):
+        self.frequencies, keys = self.frequencies.to(ids.device), TextCache()
+        x = self.model.embed_tokens(ids)                                            # (B, T, C)
+        x = run_blocks(self.model.layers, x, positions, mask, self.frequencies, keys)
+        self.text = ids, positions, x, keys
+
+    def begins_with_text(self, ids, positions):
+        if self.text is None:
+            return False
+        T = self.text[0].shape[1]
+        return torch.equal(ids[:, :T], self.text[0]) and torch.equal(positions[:, :T], self.text[1])
 
 
 # --------------------------------------------------------------------------------------------------

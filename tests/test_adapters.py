@@ -181,7 +181,8 @@ def test_reading_the_text_once_changes_nothing(start, k, dtype, bidirectional):
 
 def test_the_text_is_read_once_for_both(start, monkeypatch):
     """And anew in every pass of a student, also where it is the same one: under FSDP all ranks need
-    the same passes, whatever they read."""
+    the same passes, whatever they read. Who reads another text without gradient gets a plain pass.
+    """
     model = add_adapters(Adapted.from_pretrained(start), 4, TINY_VOCAB - 1)
     tokenizer = SimpleNamespace(mask_id=TINY_VOCAB - 1, stop_ids={2}, end_id=2)
     passes = []
@@ -197,6 +198,11 @@ def test_the_text_is_read_once_for_both(start, monkeypatch):
     regions = batch.ids.shape[1] - 12
     both = [(regions, True), (regions, False)]              # student and teacher
     assert passes == [(12, False), *both] * 3
+    batch = make_batch([(6, [7] * 12)], 3, 0, 2, tokenizer, CPU)
+    with torch.no_grad():
+        ours = model(batch.ids, batch.position, batch.mask)
+        plain = Transformer.forward(model, batch.ids, batch.position, batch.mask)
+    assert torch.equal(ours, plain) and len(passes) == 9
 
 
 def test_slot_1_agrees_always_and_the_others_learn(tmp_path, tiny):
