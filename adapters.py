@@ -101,6 +101,7 @@ class Adapted(Transformer):
 
     @torch.no_grad()
     def read_text(self, ids, positions, mask):
+        self.text = None                                    # what there was of the last one goes
         self.frequencies, keys = self.frequencies.to(ids.device), TextCache()
         x = self.model.embed_tokens(ids)                                            # (B, T, C)
         x = run_blocks(self.model.layers, x, positions, mask, self.frequencies, keys)

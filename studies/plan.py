@@ -363,12 +363,10 @@ def of_adapters(args, c, counts, micro):
     gradients = (4 * A, "gradients, fp32", f"4 B * {A:,}")
     before = [gradients] if passes > 1 else []              # of the passes before
 
-    # --- A text is read, without gradient. What is kept of the one before goes only then
+    # --- A text is read, without gradient
     each = working(c, T, a, args.attention) + where_and_mask(c, T, a) + T       # mask as bool
-    reading = [
-        (text * own, "the same of the text before", f"{text:,} text tokens * {own:,} B"),
-        (text * each, "worst moment: a block reads text", f"{text:,} text tokens * {each:,} B"),
-    ]
+    reading = [(text * each, "worst moment: a block reads text",
+                f"{text:,} text tokens * {each:,} B")]
 
     # --- The student has read the regions; nothing has gone backward
     sizes, key = kept_by_frozen_block(c, L, a, args.adapters, args.attention)
