@@ -26,7 +26,7 @@ SUMS = "SHA256SUMS"
 
 # Settings that a resumed run may change
 MAY_CHANGE = ("resume", "out", "steps", "minutes", "device", "micro_batch_size", "compile", "fsdp",
-              "eval_every", "max_new_tokens", "log_every", "save_every", "keep_gb")
+              "eval_every", "max_new_tokens", "log_every", "save_every", "keep_gb", "merge_start")
 
 
 # --------------------------------------------------------------------------------------------------
