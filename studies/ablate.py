@@ -25,7 +25,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import cli
+from common import cli, paper
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.files import read_json, write_json, write_text
 from common.hub import DEFAULT_MODEL, resolve
@@ -33,14 +33,14 @@ from common.machine import machine, pick_device
 from studies import ROOT
 
 # Name: (flags, number of seeds, what the paper measured: accuracy in %, tokens per forward at
-# threshold 0.9, on GSM8K with an 8B model, tables 4 and 5; None: the paper has no such run)
+# threshold 0.9, on GSM8K with an 8B model; None: the paper has no such run)
 VARIANTS = {
-    "default": ([], 3, (64.1, 3.3)),
-    "soft teacher": (["--targets", "soft"], 2, (62.5, 2.3)),
-    "ground truth": (["--targets", "ground-truth"], 2, (66.4, 2.2)),
-    "bidirectional": (["--bidirectional"], 2, (59.8, 3.1)),
-    "fixed k": (["--fixed-k"], 2, (51.6, 2.7)),
-    "prefix loss": (["--prefix-loss", "1"], 2, (64.6, 2.7)),
+    "default": ([], 3, paper.VARIANTS["default"]),
+    "soft teacher": (["--targets", "soft"], 2, paper.VARIANTS["soft teacher"]),
+    "ground truth": (["--targets", "ground-truth"], 2, paper.VARIANTS["ground truth"]),
+    "bidirectional": (["--bidirectional"], 2, paper.VARIANTS["bidirectional"]),
+    "fixed k": (["--fixed-k"], 2, paper.VARIANTS["fixed k"]),
+    "prefix loss": (["--prefix-loss", "1"], 2, paper.VARIANTS["prefix loss"]),
     "curriculum": (["--curriculum", "HALF"], 2, None),                  # HALF: of --steps
     "sparse anchors": (["--stride", "7"], 2, None),
     "dense anchors": (["--stride", "1"], 2, None),
@@ -132,11 +132,11 @@ def summarise(runs):
     return table
 
 
-def compare(difference, error, paper):
+def compare(difference, error, theirs):
     """Is the sign of our difference the paper's? Within two standard errors nobody knows."""
     if abs(difference) <= 2 * error:
         return "is undecided"
-    return "holds" if difference * paper > 0 else "does not hold"
+    return "holds" if difference * theirs > 0 else "does not hold"
 
 
 def against_default(table, name):
@@ -149,9 +149,9 @@ def against_default(table, name):
     points, per_forward = own[0] - default[0], own[2] - default[2]
     points_error = math.hypot(own[1], default[1])
     per_forward_error = math.hypot(own[3], default[3])
-    paper, base = VARIANTS[name][2], VARIANTS["default"][2]
-    order = paper and (compare(points, points_error, paper[0] - base[0]),
-                       compare(per_forward, per_forward_error, paper[1] - base[1]))
+    theirs, base = VARIANTS[name][2], VARIANTS["default"][2]
+    order = theirs and (compare(points, points_error, theirs[0] - base[0]),
+                        compare(per_forward, per_forward_error, theirs[1] - base[1]))
     return (points, points_error, per_forward, per_forward_error), order
 
 
@@ -167,9 +167,9 @@ def orderings(table):
         if order is None:
             lines.append(f"{line} The paper has no such run.")
             continue
-        paper = VARIANTS[name][2]
-        lines.append(f"{line} The paper: {paper[0] - base[0]:+.1f} points, "
-                     f"{paper[1] - base[1]:+.1f}. Its order in accuracy {order[0]}; in tokens per "
+        theirs = VARIANTS[name][2]
+        lines.append(f"{line} The paper: {theirs[0] - base[0]:+.1f} points, "
+                     f"{theirs[1] - base[1]:+.1f}. Its order in accuracy {order[0]}; in tokens per "
                      f"forward it {order[1]}.")
     return "\n".join(lines)
 
@@ -181,13 +181,13 @@ def markdown(table, runs):
              "of tokens per forward"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name, own in table.items():
-        paper, order = VARIANTS[name][2], None
+        theirs, order = VARIANTS[name][2], None
         if name != "default" and "default" in table:
             order = against_default(table, name)[1]
         cells = [name, str(len(runs[name]))]
         for strategy in STRATEGIES:
             cells.append("{:.1f} +- {:.1f} @ {:.2f} +- {:.2f}".format(*own[strategy]))
-        cells.append("{:.1f} @ {:.1f}".format(*paper) if paper else "")
+        cells.append("{:.1f} @ {:.1f}".format(*theirs) if theirs else "")
         cells += [verdict.removeprefix("is ") for verdict in order or ("", "")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -1,0 +1,461 @@
+"""
+README.md and docs/results.md: their numbers, written from the raw logs in results/.
+
+    python -m studies.tables                            # both pages
+    python -m studies.tables --out some/folder
+
+To change a page, edit its template in docs/templates/ and run this. A template is the page with
+Jinja expressions where a number stands: {{ ... }} calls a function below and says how to write what
+it returns,
+
+    {% set k8 = strategies("tiny-k8") %}                    results/tiny-k8/table.json
+    k = 1 answers {{ k8["k = 1"].accuracy | to(".1%") }} right
+
+Each function reads files of results/; what is computed from them is computed by the study that
+wrote them. `paper` is common/paper.py. CI makes the pages again and compares them byte by byte
+(tests/test_tables.py), so a digit changed by hand, there or in a log, does not get through.
+"""
+import gzip
+import json
+import math
+import re
+import statistics
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import jinja2
+
+import eval_gsm8k
+from common import cli, paper
+from common.cli import ArgumentParser
+from common.files import read_json, write_text
+from common.report import acceptance_by_position
+from studies import ROOT, ablate, bench, cascade, confidence, efficiency
+from studies.figures import read_log
+
+PAGES = {"README.md": "README.md", "docs/results.md": "results.md"}     # page: its template
+TEMPLATES, RESULTS = ROOT / "docs" / "templates", ROOT / "results"
+
+
+# --------------------------------------------------------------------------------------------------
+# How a number is written
+
+def to(value, spec):
+    """{{ 0.975 | to(".1%") }}: 97.5%. What rounds to zero has no sign."""
+    text = format(value, spec)
+    return format(0, spec.replace("+", "")) if not text.strip("+-0.%x") else text
+
+
+def plus_minus(pair, spec):
+    """{{ (97.5, 0.49) | plus_minus(".1f") }}: 97.5 +- 0.5."""
+    value, error = pair
+    return f"{to(value, spec)} +- {format(error, spec.replace('+', ''))}"
+
+
+def word(number):
+    return ("zero one two three four five six seven eight nine ten eleven twelve".split())[number]
+
+
+def points(pair):
+    """A share and its error, or a difference and its interval, in points."""
+    return tuple(100 * value for value in pair)
+
+
+def markdown(heads, rows):
+    """A table of cells, which are text."""
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def columns(table, *names):
+    """Some columns of a Markdown table; "accuracy: right, %" is `accuracy` under another name."""
+    lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()]
+    heads, _, *rows = lines
+    pairs = [name.partition(": ")[::2] for name in names]
+    wanted = [heads.index(name) for name, _ in pairs]
+    return markdown([other or name for name, other in pairs],
+                    [[row[n] for n in wanted] for row in rows])
+
+
+def as_drafts(text):
+    """lossless 5 heads -> 4 drafts: of five tokens a pass the model itself writes one."""
+    def drafts(match):
+        count = int(match[1]) - 1
+        return f"{count} draft{'s' * (count > 1)}"
+
+    return re.sub(r"lossless (\d+) heads", drafts, text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Any study
+
+def record(file):
+    """A JSON file of results/."""
+    return read_json(RESULTS / file)
+
+
+# --------------------------------------------------------------------------------------------------
+# eval_gsm8k.py: RUN/table.json, RUN/rows.jsonl.gz
+
+def strategies(run):
+    """{strategy: its numbers}."""
+    return {entry["strategy"]: entry for entry in record(f"{run}/table.json")["table"]}
+
+
+def evaluation(run):
+    """The settings of an evaluation, with the machine."""
+    whole = record(f"{run}/table.json")
+    return whole["settings"] | {key: value for key, value in whole.items() if key != "table"}
+
+
+def decoding_table(run):
+    return eval_gsm8k.markdown(record(f"{run}/table.json")["table"]).rstrip()
+
+
+def accuracy(entry):
+    """(percent, its standard error)."""
+    return points((entry["accuracy"], entry["stderr"]))
+
+
+def rows_of(run, strategy):
+    with gzip.open(RESULTS / run / "rows.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [row for row in rows if row.get("strategy") == strategy]
+
+
+def against_start(run):
+    """(points, 95% interval): the trained checkpoint's k = 1 against the start, by question."""
+    rows = {name: rows_of(run, name) for name in ("k = 1", "static 1", "start, k = 1")}
+    plain, start = rows["k = 1"] or rows["static 1"], rows["start, k = 1"]
+    assert [row["id"] for row in plain] == [row["id"] for row in start]
+    return points(eval_gsm8k.paired_interval([row["correct"] for row in plain],
+                                             [row["correct"] for row in start]))
+
+
+def acceptance(run, strategy):
+    """(passes with drafts, [share of each draft that stood, given those before it])."""
+    answers = [SimpleNamespace(drafts=row["drafts"]) for row in rows_of(run, strategy)]
+    shares = acceptance_by_position(answers)
+    given = [share / before for before, share in zip([1, *shares], shares)]
+    return sum(fed > 0 for answer in answers for fed, _ in answer.drafts), given
+
+
+def at_a_glance():
+    """README's table: 1,000 problems, and speed-up at batch 1."""
+    rows = [("start model, k = 1", "tiny-k8", "start, k = 1"), ("k = 1", "tiny-k8", "k = 1"),
+            ("static 2", "tiny-k8", "static 2"), ("adaptive 0.99", "tiny-k8", "adaptive 0.99"),
+            ("adaptive 0.9", "tiny-k8", "adaptive 0.9"),
+            ("lossless, narrow", "tiny-k8", "lossless 8 narrow"),
+            ("start model, 4 heads", "tiny-heads4", "lossless 5 heads")]
+    cells = []
+    for name, run, strategy in rows:
+        own, alone = strategies(run)[strategy], strategies(f"{run}/batch1")[strategy]
+        cells.append([name, plus_minus(accuracy(own), ".1f"), f"{own['tokens_per_forward']:.2f}",
+                      f"{alone['speed_up']:.1f}x",
+                      f"{own['identical_text']:.0%}" if "identical_text" in own else ""])
+    heads = ["decoding", "right, %", "tokens per forward", "speed-up", "same text as k = 1"]
+    return markdown(heads, cells)
+
+
+def beside_the_paper(run):
+    own, cells = strategies(run), []
+    for name, (right, per_forward) in paper.DECODING.items():
+        ours = ["", ""]
+        if name in own:
+            ours = [f"{100 * own[name]['accuracy']:.1f}", f"{own[name]['tokens_per_forward']:.2f}"]
+        cells.append([name, f"{right:.1f}", f"{per_forward}", *ours])
+    k_max = training(run)["k"]
+    return markdown(["decoding", "the paper: accuracy", "tokens per forward",
+                     f"tiny, k_max {k_max}: accuracy", "tokens per forward"], cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py: RUN/log.jsonl
+
+def log(run):
+    """Rows by event, see studies.figures.read_log; of RUN/log.jsonl, RUN/log.jsonl.gz or RUN."""
+    names = (f"{run}/log.jsonl", f"{run}/log.jsonl.gz", run)
+    return read_log(next(RESULTS / name for name in names if (RESULTS / name).is_file()))
+
+
+def training(run):
+    """Settings and machine of a run's first piece, its minutes (of all pieces), its peak in GB."""
+    events = log(run)
+    ends = events.get("end", [])
+    peaks = [end["peak_memory_gb"] for end in ends if "peak_memory_gb" in end]
+    return events["start"][0] | {"minutes": sum(end["minutes"] for end in ends),
+                                 "peak": max(peaks, default=None),
+                                 "supervised": sum(row["slots"] for row in events["train"])}
+
+
+def agreement(run, slot, first, last):
+    """Mean agreement of a slot with the teacher over the steps first .. last that had this slot."""
+    found = [row["agreement"][slot - 1] for row in log(run)["train"]
+             if first <= row["step"] <= last and slot <= len(row["agreement"])
+             and row["agreement"][slot - 1] is not None]
+    return statistics.fmean(found)
+
+
+# --------------------------------------------------------------------------------------------------
+# studies.confidence
+
+def calibration(run):
+    """{"slot 1", "slots 2 and up": bins}, each with all of its bins joined at the end."""
+    slots = record(f"{run}/confidence.json")["calibration"]
+    return {name: [*bins, confidence.joined(bins)] for name, bins in slots.items()}
+
+
+def joined(run, slots, least, most=1):
+    """The tokens of some slots whose confidence is in a range, as one bin."""
+    found = record(f"{run}/confidence.json")["calibration"]
+    return confidence.joined([b for slot in slots for b in found[slot]
+                              if least <= b["from"] and b["to"] <= most])
+
+
+def calibration_table(run):
+    one, more = calibration(run).values()
+    cells = []
+    for low, high in [*zip(confidence.EDGES, confidence.EDGES[1:]), (None, None)]:
+        row = ["all" if low is None else f"{low:g} to {high:g}"]
+        for bins in (one, more):
+            own = [bins[-1]] if low is None else [b for b in bins[:-1] if b["from"] == low]
+            row += ["", "", ""] if not own else [
+                f"{own[0]['tokens']:,}", f"{100 * own[0]['confidence']:.2f}",
+                plus_minus(points((own[0]["agrees"], own[0]["stderr"])), ".2f")]
+        cells.append(row)
+    return markdown(["confidence", "slot 1: tokens", "said, %", "right, %",
+                     "slots 2 and up: tokens", "said, %", "right, %"], cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# studies.ablate
+
+def ablation():
+    """{variant: its runs}, {variant: {strategy: four numbers}}; see `ablate.summarise`."""
+    runs = record("ablation/table.json")["runs"]
+    return runs, ablate.summarise(runs)
+
+
+def ablation_table():
+    runs, table = ablation()
+    return ablate.markdown(table, runs).rstrip()
+
+
+def against_default(variant, strategy="adaptive 0.9"):
+    """Differences from the default: (points, error), (tokens per forward, error)."""
+    _, table = ablation()
+    (own, base) = (table[name][strategy] for name in (variant, "default"))
+    return [(own[n] - base[n], math.hypot(own[n + 1], base[n + 1])) for n in (0, 2)]
+
+
+def verdicts():
+    """{variant: (its order of accuracy, of tokens per forward)}, where the paper has the variant:
+    "holds", "does not hold" or "is undecided"."""
+    _, table = ablation()
+    found = {name: ablate.against_default(table, name)[1] for name in table if name != "default"}
+    return {name: orders for name, orders in found.items() if orders}
+
+
+def differences_table():
+    _, table = ablation()
+    cells, base = [], paper.VARIANTS["default"]
+    for name in table:
+        if name == "default":
+            continue
+        (right, error, rate, rate_error), orders = ablate.against_default(table, name)
+        row = [name, plus_minus((right, error), "+.1f"), plus_minus((rate, rate_error), "+.2f")]
+        if orders:
+            theirs = paper.VARIANTS[name]
+            row += [f"{theirs[0] - base[0]:+.1f}", f"{theirs[1] - base[1]:+.1f}",
+                    f"{paper.VARIANTS_AT_K1[name]:.1f}",
+                    *(order.removeprefix("is ") for order in orders)]
+        cells.append(row + [""] * (8 - len(row)))
+    return markdown(["variant", "points at 0.9", "tokens per forward at 0.9", "the paper: points",
+                     "the paper: tokens per forward", "the paper: accuracy at k = 1",
+                     "its order of accuracy here", "its order of tokens per forward here"], cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# studies.clash
+
+def clash_table():
+    whole = record("clash/clash.json")
+    names = {"ground truth as labels": "ground truth"}
+    cells = []
+    for name, own in whole["objectives"].items():
+        likely = [", ".join(f"{text.strip()} {p:.2f}" for text, p in slot[:2])
+                  for slot in own["slots"]]
+        together = f"{own['belong_together'] * whole['limit']:.0f} of {whole['limit']}"
+        cells.append([names.get(name, name), *likely, together])
+    return markdown(["targets", "slot 1 holds likely", "slot 2 holds likely",
+                     "chunks that belong together"], cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# studies.bench
+
+def race(run, batch=1):
+    """{contender: median, least and most tokens/s, ratio of medians to transformers' and to our
+    k = 1, tokens per pass, how many greedy texts}."""
+    entries = record(f"{run}/bench.json")["races"][str(batch)]
+    middle = {name: statistics.median(e["tokens_per_second"]) for name, e in entries.items()}
+    return {name: {"speed": middle[name],
+                   "least": min(e["tokens_per_second"]), "most": max(e["tokens_per_second"]),
+                   "times_theirs": middle[name] / middle[bench.BASELINE],
+                   "times_k1": middle[name] / middle[bench.PLAIN],
+                   "per_pass": e["tokens_per_pass_and_row"], "greedy": e["greedy_texts"]}
+            for name, e in entries.items()}
+
+
+def speed(tokens_per_second):
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.1f}"
+
+
+def race_table(run, batch=1):
+    cells = [[name, speed(e["speed"]), f"{speed(e['least'])} to {speed(e['most'])}",
+              f"{e['times_theirs']:.2f}", f"{e['times_k1']:.2f}", f"{e['per_pass']:.2f}",
+              f"{e['greedy']} of {batch}"] for name, e in race(run, batch).items()]
+    return markdown([f"decoding, batch {batch}", "new tokens/s", "range", "vs transformers",
+                     "vs our k = 1", "tokens per pass", "greedy text"], cells)
+
+
+def round_by_round(run, batch=1):
+    """The race in which each round had prompts of its own: ratios are taken round by round."""
+    entries = record(f"{run}/bench.json")["races"][str(batch)]
+    table = bench.race_table(entries, batch).split("\n\n")[-1]
+    return columns(table.replace(" - ", " to "), f"decoding only: decoding, batch {batch}",
+                   "new tokens/s", "times our k = 1", "times transformers",
+                   "tokens per pass and row: tokens per pass")
+
+
+def ratio_to_k1(run, contender, batch=1):
+    """[of each round]."""
+    return record(f"{run}/bench.json")["races"][str(batch)][contender]["ratio_to_k1"]
+
+
+def widths(run):
+    """{fed tokens: milliseconds of a pass}."""
+    times = record(f"{run}/bench.json")["milliseconds_by_width"]
+    return {int(width): time for width, time in times.items()}
+
+
+def widths_table(**runs):
+    times = {name: widths(run) for name, run in runs.items()}
+    fed = sorted(set().union(*times.values()))
+    cells = []
+    for name, own in times.items():
+        digits = 1 if own[1] >= 10 else 2
+        cells.append([f"{name}, ms", *(f"{own[n]:.{digits}f}" if n in own else "" for n in fed)])
+        cells.append(["times one token",
+                      *(f"{own[n] / own[1]:.2f}" if n in own else "" for n in fed)])
+    return markdown(["fed tokens", *map(str, fed)], cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# studies.efficiency, studies.plan
+
+def efficiency_table(run, name):
+    whole = record(f"{run}/efficiency.json")
+    text = efficiency.markdown(whole["table"])
+    text = columns(text, f"step: {name}", "supervised tokens/s", "of the first", "per fed token",
+                   "of the matmul rate", "peak, GB")
+    lines = []
+    for line, entry in zip(text.splitlines()[2:], whole["table"]):
+        cells = [cell.strip() for cell in line[1:-1].split("|")]
+        rounds = [r["supervised_tokens_per_second"] for r in whole["each_round"][entry["name"]]]
+        cells[1] = f"{entry['supervised_tokens_per_second']:,.0f} ({cells.pop(2)})"
+        cells.insert(2, f"{min(rounds):,.0f} to {max(rounds):,.0f}")
+        lines.append(cells)
+    return markdown([name, "supervised tokens/s", "rounds", "per fed token", "of the matmul rate",
+                     "peak, GB"], lines)
+
+
+def first_ratio(run, contender):
+    """Supervised tokens/s of a contender over those of the first one."""
+    table = record(f"{run}/efficiency.json")["table"]
+    own = {entry["name"]: entry["supervised_tokens_per_second"] for entry in table}
+    return own[contender] / table[0]["supervised_tokens_per_second"]
+
+
+def plan_table():
+    gpus = record("plan/qwen3-0.6b-fsdp4.json")["gpus"]
+    memory = [f"{gb:g}" for gb in record("plan/qwen3-0.6b.json")["memory"]]
+    cells = []
+    for name, file in (("Qwen3-0.6B", "qwen3-0.6b"), ("Qwen3-4B", "qwen3-4b-instruct-2507"),
+                       ("Llama-3.1-8B", "llama-3.1-8b-instruct")):
+        row = [name]
+        for own in (record(f"plan/{file}.json"), record(f"plan/{file}-fsdp{gpus}.json")):
+            fits = [own["largest_micro_batch_size"][gb] for gb in memory]
+            row += [f"{own['estimated_bytes'] / 1e9:.1f} GB",
+                    *(f"up to {most}" if most else "no" for most in fits)]
+        cells.append(row)
+    sizes = [f"{gb} GB" for gb in memory]
+    return markdown(["", "one GPU", *sizes, f"each of {gpus} GPUs, `--fsdp`", *sizes],
+                    cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# studies.cascade
+
+def cascade_runs(run):
+    """(settings, {variant: its runs, question by question})."""
+    whole = record(f"{run}/table.json")
+    settings = SimpleNamespace(**whole["settings"], out=RESULTS / run)
+    found = {}
+    for name, own in whole["runs"].items():
+        files = [cascade.folder_of(name, one["seed"], settings).with_suffix(".json") for one in own]
+        found[name] = [read_json(file)["questions"] for file in files]
+    return settings, found
+
+
+def cascade_table(run):
+    settings, runs = cascade_runs(run)
+    return cascade.markdown(cascade.summarise(runs), runs, settings).rstrip()
+
+
+def cascade_claims(run):
+    """The paper's claims, a bullet each."""
+    _, runs = cascade_runs(run)
+    return "\n".join(textwrap.fill(cascade.in_words(claim), 100, subsequent_indent="  ",
+                                   break_on_hyphens=False)
+                     for claim in cascade.claims(runs))
+
+
+# --------------------------------------------------------------------------------------------------
+# The script
+
+FUNCTIONS = [
+    record, strategies, evaluation, decoding_table, accuracy, against_start, acceptance,
+    at_a_glance, beside_the_paper, log, training, agreement, calibration, joined,
+    calibration_table, ablation, ablation_table, against_default, verdicts, differences_table,
+    clash_table, race, race_table, round_by_round, ratio_to_k1, widths, widths_table,
+    efficiency_table, first_ratio, plan_table, cascade_runs, cascade_table, cascade_claims]
+FILTERS = [to, plus_minus, word, points, columns, as_drafts, speed]
+
+
+def render(template):
+    """The text of a page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {own.__name__: own for own in FILTERS} | {
+        "median": statistics.median, "min": min, "max": max}
+    environment.globals |= {own.__name__: own for own in FUNCTIONS} | {"paper": paper}
+    return environment.get_template(template).render()
+
+
+def main():
+    parser = ArgumentParser(prog="-m studies.tables", description=__doc__)
+    parser.add_argument("--out", default=str(ROOT),
+                        help="folder for README.md and docs/results.md (this project's)")
+    args = parser.parse_args()
+    for page, template in PAGES.items():
+        path = Path(args.out) / page
+        cli.output_folder(path.parent)
+        write_text(path, render(template))      # under another name first, so that it is whole
+        print(path)
+
+
+if __name__ == "__main__":
+    cli.run(main)
