@@ -53,6 +53,11 @@ def plus_minus(pair, spec):
     return f"{to(value, spec)} +- {format(error, spec.replace('+', ''))}"
 
 
+def rate(value):
+    """{{ 0.0002 | rate }}: 2e-4, as a flag has it."""
+    return f"{value:.0e}".replace("e-0", "e-")
+
+
 def word(number):
     return ("zero one two three four five six seven eight nine ten eleven twelve".split())[number]
 
@@ -371,6 +376,12 @@ def efficiency_table(run, name):
                      "peak, GB"], lines)
 
 
+def peak(run, contender):
+    """GB of a training that `efficiency` raced."""
+    table = record(f"{run}/efficiency.json")["table"]
+    return next(e["peak_bytes"] for e in table if e["name"] == contender) / 1e9
+
+
 def first_ratio(run, contender):
     """Supervised tokens/s of a contender over those of the first one."""
     table = record(f"{run}/efficiency.json")["table"]
@@ -430,8 +441,8 @@ FUNCTIONS = [
     at_a_glance, beside_the_paper, log, training, agreement, calibration, joined,
     calibration_table, ablation, ablation_table, against_default, verdicts, differences_table,
     clash_table, race, race_table, round_by_round, ratio_to_k1, widths, widths_table,
-    efficiency_table, first_ratio, plan_table, cascade_runs, cascade_table, cascade_claims]
-FILTERS = [to, plus_minus, word, points, columns, as_drafts, speed]
+    efficiency_table, first_ratio, peak, plan_table, cascade_runs, cascade_table, cascade_claims]
+FILTERS = [to, plus_minus, rate, word, points, columns, as_drafts, speed]
 
 
 def render(template):
