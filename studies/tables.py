@@ -62,6 +62,11 @@ def word(number):
     return ("zero one two three four five six seven eight nine ten eleven twelve".split())[number]
 
 
+def threads(device):
+    """{{ "cpu: AMD EPYC, 2 threads" | threads }}: two."""
+    return word(int(re.search(r"(\d+) threads", device)[1]))
+
+
 def points(pair):
     """A share and its error, or a difference and its interval, in points."""
     return tuple(100 * value for value in pair)
@@ -194,6 +199,12 @@ def training(run):
                                  "supervised": sum(row["slots"] for row in events["train"])}
 
 
+def trainings(folder):
+    """`training` of every run in a folder."""
+    files = sorted((RESULTS / folder).glob("*/log.jsonl*"))
+    return [training(file.parent.relative_to(RESULTS)) for file in files]
+
+
 def agreement(run, slot, first, last):
     """Mean agreement of a slot with the teacher over the steps first .. last that had this slot."""
     found = [row["agreement"][slot - 1] for row in log(run)["train"]
@@ -205,12 +216,6 @@ def agreement(run, slot, first, last):
 # --------------------------------------------------------------------------------------------------
 # studies.confidence
 
-def calibration(run):
-    """{"slot 1", "slots 2 and up": bins}, each with all of its bins joined at the end."""
-    slots = record(f"{run}/confidence.json")["calibration"]
-    return {name: [*bins, confidence.joined(bins)] for name, bins in slots.items()}
-
-
 def joined(run, slots, least, most=1):
     """The tokens of some slots whose confidence is in a range, as one bin."""
     found = record(f"{run}/confidence.json")["calibration"]
@@ -218,8 +223,25 @@ def joined(run, slots, least, most=1):
                               if least <= b["from"] and b["to"] <= most])
 
 
+def overconfident(run, slots):
+    """(from, to) of the bins in which more is said than is right, by two standard errors."""
+    return [(b["from"], b["to"]) for b in record(f"{run}/confidence.json")["calibration"][slots]
+            if b["confidence"] - b["agrees"] > 2 * b["stderr"]]
+
+
+def overconfident_from(run, slots):
+    """The lowest confidence from which up all bins are."""
+    starts, found = [low for low, _ in overconfident(run, slots)], None
+    for low in reversed(confidence.EDGES[:-1]):
+        if low not in starts:
+            return found
+        found = low
+    return found
+
+
 def calibration_table(run):
-    one, more = calibration(run).values()
+    slots = record(f"{run}/confidence.json")["calibration"].values()
+    one, more = ([*bins, confidence.joined(bins)] for bins in slots)
     cells = []
     for low, high in [*zip(confidence.EDGES, confidence.EDGES[1:]), (None, None)]:
         row = ["all" if low is None else f"{low:g} to {high:g}"]
@@ -247,10 +269,10 @@ def ablation_table():
     return ablate.markdown(table, runs).rstrip()
 
 
-def against_default(variant, strategy="adaptive 0.9"):
-    """Differences from the default: (points, error), (tokens per forward, error)."""
+def against(variant, other="default", strategy="adaptive 0.9"):
+    """Differences of two variants: (points, error), (tokens per forward, error)."""
     _, table = ablation()
-    (own, base) = (table[name][strategy] for name in (variant, "default"))
+    own, base = (table[name][strategy] for name in (variant, other))
     return [(own[n] - base[n], math.hypot(own[n + 1], base[n + 1])) for n in (0, 2)]
 
 
@@ -438,11 +460,11 @@ def cascade_claims(run):
 
 FUNCTIONS = [
     record, strategies, evaluation, decoding_table, accuracy, against_start, acceptance,
-    at_a_glance, beside_the_paper, log, training, agreement, calibration, joined,
-    calibration_table, ablation, ablation_table, against_default, verdicts, differences_table,
+    at_a_glance, beside_the_paper, log, training, trainings, agreement, joined,
+    overconfident, overconfident_from, calibration_table, ablation_table, against, verdicts, differences_table,
     clash_table, race, race_table, round_by_round, ratio_to_k1, widths, widths_table,
     efficiency_table, first_ratio, peak, plan_table, cascade_runs, cascade_table, cascade_claims]
-FILTERS = [to, plus_minus, rate, word, points, columns, as_drafts, speed]
+FILTERS = [to, plus_minus, rate, word, threads, points, columns, as_drafts, speed]
 
 
 def render(template):
