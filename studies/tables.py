@@ -67,6 +67,10 @@ def threads(device):
     return word(int(re.search(r"(\d+) threads", device)[1]))
 
 
+def giga(value, spec):
+    return format(value / 1e9, spec)
+
+
 def points(pair):
     """A share and its error, or a difference and its interval, in points."""
     return tuple(100 * value for value in pair)
@@ -211,6 +215,19 @@ def agreement(run, slot, first, last):
              if first <= row["step"] <= last and slot <= len(row["agreement"])
              and row["agreement"][slot - 1] is not None]
     return statistics.fmean(found)
+
+
+def cost_table(*runs):
+    """What training costs at k = 1."""
+    cells = []
+    for run in runs:
+        own, asked, found = training(run), evaluation(run), strategies(run)
+        cells.append([
+            f"{own['k']}", f"{own['steps']:,}", f"{own['minutes']:.1f}", f"{asked['questions']:,}",
+            *(plus_minus(accuracy(found[name]), ".1f") for name in ("start, k = 1", "k = 1")),
+            plus_minus(against_start(run), "+.1f")])
+    return markdown(["k_max", "steps", "minutes", "problems", "start, k = 1, %",
+                     "trained, k = 1, %", "difference"], cells)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -404,6 +421,13 @@ def peak(run, contender):
     return next(e["peak_bytes"] for e in table if e["name"] == contender) / 1e9
 
 
+def step_seconds(run):
+    """Of each contender: the median over rounds, whose first step does not count."""
+    whole = record(f"{run}/efficiency.json")
+    return [statistics.median(r["seconds"] / (whole["steps"] - 1) for r in rounds)
+            for rounds in whole["each_round"].values()]
+
+
 def first_ratio(run, contender):
     """Supervised tokens/s of a contender over those of the first one."""
     table = record(f"{run}/efficiency.json")["table"]
@@ -460,11 +484,11 @@ def cascade_claims(run):
 
 FUNCTIONS = [
     record, strategies, evaluation, decoding_table, accuracy, against_start, acceptance,
-    at_a_glance, beside_the_paper, log, training, trainings, agreement, joined,
+    at_a_glance, beside_the_paper, log, training, trainings, agreement, cost_table, joined,
     overconfident, overconfident_from, calibration_table, ablation_table, against, verdicts, differences_table,
     clash_table, race, race_table, round_by_round, ratio_to_k1, widths, widths_table,
-    efficiency_table, first_ratio, peak, plan_table, cascade_runs, cascade_table, cascade_claims]
-FILTERS = [to, plus_minus, rate, word, threads, points, columns, as_drafts, speed]
+    efficiency_table, first_ratio, peak, step_seconds, plan_table, cascade_runs, cascade_table, cascade_claims]
+FILTERS = [to, plus_minus, rate, giga, word, threads, points, columns, as_drafts, speed]
 
 
 def render(template):
