@@ -101,6 +101,16 @@ def as_drafts(text):
     return re.sub(r"lossless (\d+) heads", drafts, text)
 
 
+def flag(words, name):
+    """What stands behind a flag of a command line."""
+    return words[words.index(name) + 1]
+
+
+def unlogged(text):
+    """A number that no log holds: results/README.md alone says it."""
+    return text
+
+
 # --------------------------------------------------------------------------------------------------
 # Any study
 
@@ -145,6 +155,13 @@ def against_start(run):
     assert [row["id"] for row in plain] == [row["id"] for row in start]
     return points(eval_gsm8k.paired_interval([row["correct"] for row in plain],
                                              [row["correct"] for row in start]))
+
+
+def start_texts(run, *names):
+    """How many answers are the start model's, token for token, with each of these strategies."""
+    start = [row["tokens"] for row in rows_of(run, "start, k = 1")]
+    own = [[row["tokens"] for row in rows_of(run, name)] for name in names]
+    return sum(all(text == theirs for text in texts) for theirs, *texts in zip(start, *own))
 
 
 def acceptance(run, strategy):
@@ -200,6 +217,7 @@ def training(run):
     peaks = [end["peak_memory_gb"] for end in ends if "peak_memory_gb" in end]
     return events["start"][0] | {"minutes": sum(end["minutes"] for end in ends),
                                  "peak": max(peaks, default=None),
+                                 "last": events["train"][-1]["step"],
                                  "supervised": sum(row["slots"] for row in events["train"])}
 
 
@@ -215,6 +233,18 @@ def agreement(run, slot, first, last):
              if first <= row["step"] <= last and slot <= len(row["agreement"])
              and row["agreement"][slot - 1] is not None]
     return statistics.fmean(found)
+
+
+def agreement_table():
+    """Of both trainings of SmolLM2, over 50 steps each."""
+    first, second = "smollm2-gsm8k-k4", "smollm2-answers-lr1e-4"
+    cells = []
+    for name, run, last in (("first", first, 500), ("second, last rows read once", second, 358),
+                            ("second, read twice from here on", second, 408),
+                            ("second, the end", second, 600)):
+        shares = [agreement(run, slot, last - 49, last) for slot in (1, 2, 3, 4)]
+        cells.append([name, f"{last - 49} to {last}", *(f"{share:.0%}" for share in shares)])
+    return markdown(["run", "steps", *(f"slot {slot}" for slot in (1, 2, 3, 4))], cells)
 
 
 def cost_table(*runs):
@@ -483,12 +513,12 @@ def cascade_claims(run):
 # The script
 
 FUNCTIONS = [
-    record, strategies, evaluation, decoding_table, accuracy, against_start, acceptance,
-    at_a_glance, beside_the_paper, log, training, trainings, agreement, cost_table, joined,
+    unlogged, record, strategies, evaluation, decoding_table, accuracy, against_start, start_texts, acceptance,
+    at_a_glance, beside_the_paper, log, training, trainings, agreement, agreement_table, cost_table, joined,
     overconfident, overconfident_from, calibration_table, ablation_table, against, verdicts, differences_table,
     clash_table, race, race_table, round_by_round, ratio_to_k1, widths, widths_table,
     efficiency_table, first_ratio, peak, step_seconds, plan_table, cascade_runs, cascade_table, cascade_claims]
-FILTERS = [to, plus_minus, rate, giga, word, threads, points, columns, as_drafts, speed]
+FILTERS = [to, plus_minus, rate, giga, word, threads, points, columns, as_drafts, flag, speed]
 
 
 def render(template):
