@@ -4,7 +4,7 @@ nowhere else. They are quoted as the papers', never as ours.
 """
 
 # Kirchenbauer et al., arXiv 2602.06019: Llama-3.1-8B-Magpie on GSM8K
-MODEL_PARAMETERS = 8e9
+MODEL_PARAMETERS = 8e9                  # of the model of all their numbers below
 TRAINING = {"steps": 100_000, "k_max": 16, "lr": 1e-5, "model_parameters": (4e9, 8e9)}
 GSM8K = {"shots": 8, "questions": 1319}
 # Decoding: (accuracy in % by flexible-extract, tokens per forward)
@@ -20,7 +20,8 @@ DECODING = {
     "adaptive 0.8": (59.2, 4.2),
     "adaptive 0.6": (46.6, 6.1),
 }
-# Tables 4 and 5, variants of training: (accuracy in %, tokens per forward) at threshold 0.9 ...
+VARIANTS_IN = (4, 5)                    # of their tables
+# Variants of training: (accuracy in %, tokens per forward) at threshold 0.9 ...
 VARIANTS = {
     "default": (64.1, 3.3),
     "soft teacher": (62.5, 2.3),

@@ -15,6 +15,7 @@ Each function reads files of results/; what is computed from them is computed by
 wrote them. `paper` is common/paper.py. CI makes the pages again and compares them byte by byte
 (tests/test_tables.py), so a digit changed by hand, there or in a log, does not get through.
 """
+import functools
 import gzip
 import json
 import math
@@ -31,6 +32,7 @@ from common import cli, paper
 from common.cli import ArgumentParser
 from common.files import read_json, write_text
 from common.report import acceptance_by_position
+from common.wordproblems import STRUCTURES
 from studies import ROOT, ablate, bench, cascade, confidence, efficiency
 from studies.figures import read_log
 
@@ -106,9 +108,9 @@ def flag(words, name):
     return words[words.index(name) + 1]
 
 
-def unlogged(text):
-    """A number that no log holds: results/README.md alone says it."""
-    return text
+def unlogged(number):
+    """A number that no log holds: results/README.md, or a study's source, alone says it."""
+    return number
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,16 +144,30 @@ def accuracy(entry):
     return points((entry["accuracy"], entry["stderr"]))
 
 
+@functools.cache                        # tables ask for the same rows again and again
+def read_rows(path):
+    """(settings, {strategy: rows}) of a rows.jsonl.gz."""
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        settings, *rows = map(json.loads, lines)
+    by_strategy = {}
+    for row in rows:
+        name = row["strategy"].replace("static 1", "k = 1")         # as older rows call it
+        by_strategy.setdefault(name, []).append(row)
+    return settings, by_strategy
+
+
 def rows_of(run, strategy):
-    with gzip.open(RESULTS / run / "rows.jsonl.gz", "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return [row for row in rows if row.get("strategy") == strategy]
+    return read_rows(RESULTS / run / "rows.jsonl.gz")[1][strategy]
+
+
+def rows_settings(run):
+    """The settings of an evaluation, where its table does not hold them."""
+    return read_rows(RESULTS / run / "rows.jsonl.gz")[0]
 
 
 def against_start(run):
     """(points, 95% interval): the trained checkpoint's k = 1 against the start, by question."""
-    rows = {name: rows_of(run, name) for name in ("k = 1", "static 1", "start, k = 1")}
-    plain, start = rows["k = 1"] or rows["static 1"], rows["start, k = 1"]
+    plain, start = rows_of(run, "k = 1"), rows_of(run, "start, k = 1")
     assert [row["id"] for row in plain] == [row["id"] for row in start]
     return points(eval_gsm8k.paired_interval([row["correct"] for row in plain],
                                              [row["correct"] for row in start]))
@@ -513,11 +529,12 @@ def cascade_claims(run):
 # The script
 
 FUNCTIONS = [
-    unlogged, record, strategies, evaluation, decoding_table, accuracy, against_start, start_texts, acceptance,
-    at_a_glance, beside_the_paper, log, training, trainings, agreement, agreement_table, cost_table, joined,
-    overconfident, overconfident_from, calibration_table, ablation_table, against, verdicts, differences_table,
-    clash_table, race, race_table, round_by_round, ratio_to_k1, widths, widths_table,
-    efficiency_table, first_ratio, peak, step_seconds, plan_table, cascade_runs, cascade_table, cascade_claims]
+    unlogged, record, strategies, evaluation, decoding_table, accuracy, against_start,
+    rows_settings, start_texts, acceptance, at_a_glance, beside_the_paper, log, training, trainings,
+    agreement, agreement_table, cost_table, joined, overconfident, overconfident_from,
+    calibration_table, ablation_table, against, verdicts, differences_table, clash_table, race,
+    race_table, round_by_round, ratio_to_k1, widths, widths_table, efficiency_table, first_ratio,
+    peak, step_seconds, plan_table, cascade_runs, cascade_table, cascade_claims]
 FILTERS = [to, plus_minus, rate, giga, word, threads, points, columns, as_drafts, flag, speed]
 
 
@@ -528,7 +545,8 @@ def render(template):
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters |= {own.__name__: own for own in FILTERS} | {
         "median": statistics.median, "min": min, "max": max}
-    environment.globals |= {own.__name__: own for own in FUNCTIONS} | {"paper": paper}
+    environment.globals |= {own.__name__: own for own in FUNCTIONS} | {
+        "paper": paper, "STRUCTURES": STRUCTURES}
     return environment.get_template(template).render()
 
 
