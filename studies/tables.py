@@ -121,6 +121,12 @@ def record(file):
     return read_json(RESULTS / file)
 
 
+def counted(file, pattern):
+    """The integers that a pattern finds in a text of results/, for each line that has them."""
+    found = [re.search(pattern, line) for line in (RESULTS / file).read_text().splitlines()]
+    return [[int(number) for number in match.groups()] for match in found if match]
+
+
 # --------------------------------------------------------------------------------------------------
 # eval_gsm8k.py: RUN/table.json, RUN/rows.jsonl.gz
 
@@ -132,7 +138,8 @@ def strategies(run):
 def evaluation(run):
     """The settings of an evaluation, with the machine."""
     whole = record(f"{run}/table.json")
-    return whole["settings"] | {key: value for key, value in whole.items() if key != "table"}
+    del whole["table"]
+    return whole.pop("settings") | whole
 
 
 def decoding_table(run):
@@ -157,12 +164,12 @@ def read_rows(path):
 
 
 def rows_of(run, strategy):
-    return read_rows(RESULTS / run / "rows.jsonl.gz")[1][strategy]
+    return read_rows((RESULTS / run / "rows.jsonl.gz").resolve())[1][strategy]
 
 
 def rows_settings(run):
     """The settings of an evaluation, where its table does not hold them."""
-    return read_rows(RESULTS / run / "rows.jsonl.gz")[0]
+    return read_rows((RESULTS / run / "rows.jsonl.gz").resolve())[0]
 
 
 def against_start(run):
@@ -481,21 +488,51 @@ def first_ratio(run, contender):
     return own[contender] / table[0]["supervised_tokens_per_second"]
 
 
+def trained_part(plan):
+    """What of the model a planned training trains."""
+    if plan.get("adapters"):
+        return f"adapters, rank {plan['adapters']}"
+    if plan.get("heads"):
+        drafted = f", {plan['draft_vocab']:,} drafted tokens" if plan["draft_vocab"] else ""
+        heads = f"{plan['heads']} heads"
+        if plan["loop"]:
+            heads = f"one head, looped {plan['heads']} deep"
+        return heads + drafted
+    each = f", each of {plan['gpus']} GPUs, `--fsdp`" if plan["fsdp"] else ""
+    return f"all weights{each}"
+
+
 def plan_table():
-    gpus = record("plan/qwen3-0.6b-fsdp4.json")["gpus"]
-    memory = [f"{gb:g}" for gb in record("plan/qwen3-0.6b.json")["memory"]]
-    cells = []
+    sizes = record("plan/qwen3-0.6b.json")
+    memory, cells = [f"{gb:g}" for gb in sizes["memory"]], []
     for name, file in (("Qwen3-0.6B", "qwen3-0.6b"), ("Qwen3-4B", "qwen3-4b-instruct-2507"),
                        ("Llama-3.1-8B", "llama-3.1-8b-instruct")):
-        row = [name]
-        for own in (record(f"plan/{file}.json"), record(f"plan/{file}-fsdp{gpus}.json")):
+        for way in ("", "-adapters64", "-heads4", "-heads4-loop", "-fsdp4"):
+            own = record(f"plan/{file}{way}.json")
             fits = [own["largest_micro_batch_size"][gb] for gb in memory]
-            row += [f"{own['estimated_bytes'] / 1e9:.1f} GB",
-                    *(f"up to {most}" if most else "no" for most in fits)]
-        cells.append(row)
-    sizes = [f"{gb} GB" for gb in memory]
-    return markdown(["", "one GPU", *sizes, f"each of {gpus} GPUs, `--fsdp`", *sizes],
-                    cells)
+            cells.append([name, trained_part(own), f"{own['estimated_bytes'] / 1e9:.1f} GB",
+                          *(f"up to {most}" if most else "no" for most in fits)])
+    return markdown(["model", "trained", f"{sizes['micro_batch_size']} sequences a pass",
+                     *(f"{gb} GB" for gb in memory)], cells)
+
+
+def measured_table():
+    """The estimate, held against two real steps."""
+    cells = []
+    for name, file in (("tiny", "tiny"), ("SmolLM2", "smollm2-135m")):
+        for way in ("", "-adapters64", "-adapters64-bf16", "-heads4", "-heads4-bf16", "-heads",
+                    "-heads-bf16"):
+            path = f"plan/{file}{way}-measured.json"
+            if not (RESULTS / path).exists():
+                continue
+            own = record(path)
+            tensors, process = (own["measured_bytes"][key] for key in ("tensors", "process"))
+            part = "heads" if own.get("loop") else trained_part(own).replace(", rank", "")
+            cells.append([f"{name}, {part}, {own['dtype']}",
+                          *(giga(size, ".3f") for size in (own["estimated_bytes"], tensors)),
+                          f"{own['estimated_bytes'] / tensors:.3f}", giga(process, ".3f")])
+    return markdown(["run", "estimate", "tensors measured", "estimate / measured",
+                     "the process grew by"], cells)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -529,12 +566,12 @@ def cascade_claims(run):
 # The script
 
 FUNCTIONS = [
-    unlogged, record, strategies, evaluation, decoding_table, accuracy, against_start,
+    unlogged, record, counted, strategies, evaluation, decoding_table, accuracy, against_start,
     rows_settings, start_texts, acceptance, at_a_glance, beside_the_paper, log, training, trainings,
     agreement, agreement_table, cost_table, joined, overconfident, overconfident_from,
     calibration_table, ablation_table, against, verdicts, differences_table, clash_table, race,
     race_table, round_by_round, ratio_to_k1, widths, widths_table, efficiency_table, first_ratio,
-    peak, step_seconds, plan_table, cascade_runs, cascade_table, cascade_claims]
+    peak, step_seconds, plan_table, measured_table, cascade_runs, cascade_table, cascade_claims]
 FILTERS = [to, plus_minus, rate, giga, word, threads, points, columns, as_drafts, flag, speed]
 
 

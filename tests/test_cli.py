@@ -78,6 +78,7 @@ FLAGS = {
         + STRATEGY + MACHINE,
     "-m studies.plan":                                      # and train.py's
         "prompt-tokens attention gpus fsdp no-fsdp memory measure no-measure out",
+    "-m studies.tables": "out",
     "-m studies.tiny": "out limit vocab-size trained",
     "-m studies.viewer":
         "prompt-format seed max-new-tokens model out json " + STRATEGY + MACHINE,
@@ -235,6 +236,7 @@ BASE = {
     "-m studies.figures": "--out {tmp}/out",
     "-m studies.lm_eval_adapter": "--model {trained} --tasks nosuch",
     "-m studies.plan": "--model {tiny}",
+    "-m studies.tables": "--out {tmp}/out",
     "-m studies.tiny": "--out {tmp}/out",
     "-m studies.viewer": "--model {trained} --out {tmp}/page.html",
 }
@@ -472,6 +474,7 @@ REFUSED = {
         ("--micro-batch-size 0", "--micro-batch-size"),
         ("--out {tmp}", "{tmp}"),
     ],
+    "-m studies.tables": [],
     "-m studies.tiny": [
         ("--vocab-size 100", "--vocab-size must be at least"),
         ("--trained {tiny}", "not been trained"),
