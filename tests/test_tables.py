@@ -40,9 +40,9 @@ ALLOWED = [
     r"November 2026", r"commit [0-9a-f]{7}\b", r"\[(tiny-k\d|eval_gsm8k\.py)\]", r"\bqwen3\b",
     r"\bmodel of 4 billion parameters",
     # --- names of things in the method: k = 1, k-1 mask tokens, slot 1, y1, position i+1, head 2
-    r"\bk = 1\b", r"\bk from 2\b", r"\b[Kk] ?- ?1\b", r"\bk_max \+ 1\b", r"\b(one of|with) k_max 8\b",
-    r"\b[Ss]lot\*? [1-4]\b", r"\b[Dd]raft [1-4]\b", r"\by1\b", r"\b[ij]\+[j1]+(\+1)?",
-    r"\b[Hh]ead [12]\b",
+    r"\bk = 1\b", r"\bk from 2\b", r"\b[Kk] ?- ?1\b", r"\bk_max \+ 1\b",
+    r"\b(one of|with) k_max 8\b", r"\b[Ss]lot\*? [1-4]\b", r"\b[Dd]raft [1-4]\b", r"\by1\b",
+    r"\b[ij]\+[j1]+(\+1)?", r"\b[Hh]ead [12]\b",
     # --- names of strategies, and the threshold that the text is about
     r"\b[Ss]tatic [238]\b", r"\b(adaptive|[Tt]hreshold|at|At|Is) 0\.9\b",
     # --- where to look, and what a number beside a table stands for
