@@ -44,8 +44,8 @@ FLAGS = {
     "train.py":
         "preset model random-init no-random-init data limit prompt-format out resume no-resume "
         "k fixed-k no-fixed-k curriculum stride targets slot1-weight prefix-loss bidirectional "
-        "no-bidirectional adapters heads loop no-loop extend no-extend kl-weight kl-top "
-        "draft-vocab keep-gb "
+        "no-bidirectional adapters merge-start no-merge-start "
+        "heads loop no-loop extend no-extend kl-weight kl-top draft-vocab keep-gb "
         "lr warmup cooldown beta2 weight-decay clip batch-size micro-batch-size seq-len steps "
         "minutes eval-every eval-prompts max-new-tokens log-every save-every seed fsdp no-fsdp "
         "compile no-compile " + MACHINE,
