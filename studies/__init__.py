@@ -8,7 +8,7 @@ Studies: what was measured, compared and drawn with nanoMTP. Nothing above this 
     answers                     training rows that the model wrote itself
     confidence                  is the student right when it is sure?
     bench, efficiency, plan     speed of decoding and of training; memory for training
-    figures, viewer             every picture of the project; a page to play with
+    figures, tables, viewer     every picture and every number of the pages; a page to play with
     lm_eval_adapter             our decoding inside EleutherAI's lm-eval
     tiny                        how checkpoints/tiny and tiny-mtp were made
 """

@@ -39,7 +39,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import cli
+from common import cli, paper
 from common.cli import SWITCH, ArgumentParser, InputError
 from common.files import read_json, write_bytes, write_json, write_text
 from common.hub import DEFAULT_MODEL, resolve
@@ -49,14 +49,14 @@ from common.records import json_lines, keep_compact, read_rows
 from studies import ROOT, keep_settings
 
 # Name: (flags, number of seeds, what the paper measured: accuracy in %, tokens per forward at
-# threshold 0.9, on GSM8K with an 8B model, tables 4 and 5; None: the paper has no such run)
+# threshold 0.9, on GSM8K with an 8B model; None: the paper has no such run)
 VARIANTS = {
-    "default": ([], 5, (64.1, 3.3)),
-    "soft teacher": (["--targets", "soft"], 5, (62.5, 2.3)),
-    "ground truth": (["--targets", "ground-truth"], 5, (66.4, 2.2)),
-    "bidirectional": (["--bidirectional"], 2, (59.8, 3.1)),
-    "fixed k": (["--fixed-k"], 5, (51.6, 2.7)),
-    "prefix loss": (["--prefix-loss", "1"], 2, (64.6, 2.7)),
+    "default": ([], 5, paper.VARIANTS["default"]),
+    "soft teacher": (["--targets", "soft"], 5, paper.VARIANTS["soft teacher"]),
+    "ground truth": (["--targets", "ground-truth"], 5, paper.VARIANTS["ground truth"]),
+    "bidirectional": (["--bidirectional"], 2, paper.VARIANTS["bidirectional"]),
+    "fixed k": (["--fixed-k"], 5, paper.VARIANTS["fixed k"]),
+    "prefix loss": (["--prefix-loss", "1"], 2, paper.VARIANTS["prefix loss"]),
     "curriculum": (["--curriculum", "HALF"], 2, None),                  # HALF: of --steps
     "sparse anchors": (["--stride", "7"], 2, None),
     "dense anchors": (["--stride", "1"], 2, None),
@@ -69,6 +69,7 @@ SHARE_OF_STEPS = {"sparse anchors": 1.28, "dense anchors": 0.57}
 STRATEGIES = ["k = 1", "static 2", "static 3", "adaptive 0.99", "adaptive 0.9", "adaptive 0.8"]
 COMPARED = "adaptive 0.9"               # what the paper's tables 4 and 5 were decoded with
 MEASURES = {"points": 0, "tokens per forward": 2}       # compared; where `values_of` has them
+TOGETHER = 0.95                         # the level at which all their intervals hold
 # Where a variant is not quite the paper's
 DEPARTURES = {
     "bidirectional": "the authors' anchor sees its region's mask tokens as well; ours stays causal "
@@ -234,11 +235,11 @@ def summarise(runs):
     return table
 
 
-def compare(difference, half, paper):
+def compare(difference, half, theirs):
     """Is the sign of our difference the paper's? Nobody knows where the interval contains 0."""
     if abs(difference) <= half:
         return "is undecided"
-    return "holds" if difference * paper > 0 else "does not hold"
+    return "holds" if difference * theirs > 0 else "does not hold"
 
 
 def differences(runs, strategy=COMPARED):
@@ -252,7 +253,7 @@ def differences(runs, strategy=COMPARED):
     since Holm's, a little sharper, has verdicts and no intervals that show them.
     """
     others = [name for name in runs if name != "default"]
-    level, found = 1 - 0.05 / max(1, len(MEASURES) * len(others)), {}
+    level, found = 1 - (1 - TOGETHER) / max(1, len(MEASURES) * len(others)), {}
     for name in others:
         found[name] = {}
         for measure, place in MEASURES.items():
@@ -268,9 +269,9 @@ def differences(runs, strategy=COMPARED):
 def orders(name, difference):
     """Whether the paper's order of a variant and the default holds here, in accuracy and in tokens
     per forward: two phrases; None where the paper has no such run."""
-    paper, base = VARIANTS[name][2], VARIANTS["default"][2]
-    return paper and tuple(compare(*difference[measure][:2], theirs - of_base)
-                           for measure, theirs, of_base in zip(MEASURES, paper, base))
+    theirs, base = VARIANTS[name][2], VARIANTS["default"][2]
+    return theirs and tuple(compare(*difference[measure][:2], own - of_base)
+                            for measure, own, of_base in zip(MEASURES, theirs, base))
 
 
 def orderings(runs):
@@ -289,17 +290,17 @@ def orderings(runs):
             lines.append(f"{line} The paper has no such run. Undecided: "
                          f"{' and '.join(open_ones) or 'neither'}.")
             continue
-        paper = VARIANTS[name][2]
-        lines.append(f"{line} The paper: {paper[0] - base[0]:+.1f} points, "
-                     f"{paper[1] - base[1]:+.1f}. Its order in accuracy {verdict[0]}; in tokens "
+        theirs = VARIANTS[name][2]
+        lines.append(f"{line} The paper: {theirs[0] - base[0]:+.1f} points, "
+                     f"{theirs[1] - base[1]:+.1f}. Its order in accuracy {verdict[0]}; in tokens "
                      f"per forward it {verdict[1]}.")
     two, five = (t_quantile(level, df) for df in (1, 4))
     note = (
         "Differences at threshold 0.9, tokens per forward pooled; in brackets each seed's. +-: an "
         f"interval of {100 * level:.2f}% for other trainings and other questions, so that all "
-        f"{len(MEASURES) * len(found)} hold together with 95%; what contains 0 is undecided. With "
-        f"two seeds it reaches {two:.0f} standard errors of their mean to each side, with five "
-        f"{five:.1f}: two decide next to nothing.\n")
+        f"{len(MEASURES) * len(found)} hold together with {TOGETHER:.0%}; what contains 0 "
+        f"is undecided. With two seeds it reaches {two:.0f} standard errors of their mean to each "
+        f"side, with five {five:.1f}: two decide next to nothing.\n")
     return note + "\n" + "\n".join(lines)
 
 
@@ -311,14 +312,14 @@ def markdown(table, runs):
              "its order of accuracy", "of tokens per forward"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name, own in table.items():
-        paper = VARIANTS[name][2]
+        theirs = VARIANTS[name][2]
         cells = [name, str(len(runs[name])), str(runs[name][0]["steps"]),
                  ", ".join(f"{run['minutes']:.1f}" for run in runs[name])]
         for strategy in STRATEGIES:
             accuracy, error, rate, rate_error, pooled, _ = own[strategy]
             cells.append(f"{accuracy:.1f} +- {error:.1f} @ {rate:.2f} +- {rate_error:.2f} "
                          f"({pooled:.2f})")
-        cells.append("{:.1f} @ {:.1f}".format(*paper) if paper else "")
+        cells.append("{:.1f} @ {:.1f}".format(*theirs) if theirs else "")
         verdict = orders(name, found[name]) if name in found else None
         cells += [phrase.removeprefix("is ") for phrase in verdict or ("", "")]
         lines.append("| " + " | ".join(cells) + " |")

@@ -47,8 +47,21 @@ def calibration(tokens):
             share = statistics.fmean(t["agrees"] for t in own)
             bins.append({"from": low, "to": high, "tokens": len(own), "agrees": share,
                          "confidence": statistics.fmean(t["confidence"] for t in own),
-                         "stderr": math.sqrt(share * (1 - share) / len(own))})
+                         "stderr": share_error(share, len(own))})
     return bins
+
+
+def joined(bins):
+    """Several bins as one."""
+    n = sum(b["tokens"] for b in bins)
+    mean = {key: sum(b["tokens"] * b[key] for b in bins) / n for key in ("agrees", "confidence")}
+    return {"from": bins[0]["from"], "to": bins[-1]["to"], "tokens": n, **mean,
+            "stderr": share_error(mean["agrees"], n)}
+
+
+def share_error(share, n):
+    """Standard error of a share of `n` tokens, counted as independent."""
+    return math.sqrt(share * (1 - share) / n)
 
 
 def ranks(values):

@@ -36,9 +36,10 @@ RESULTS = ROOT / "results"
 def read_log(path):
     """The rows of a log.jsonl, by event: {"train": [...], "eval": [...], ...}. A resumed step
     counts once, its last."""
-    rows = {}
+    rows, path = {}, Path(path)
     try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        for line in raw.decode().splitlines():
             row = json.loads(line)
             rows.setdefault(row["event"], {})[row["step"]] = row
     except (OSError, ValueError, KeyError) as error:

@@ -44,8 +44,8 @@ FLAGS = {
     "train.py":
         "preset model random-init no-random-init data limit prompt-format out resume no-resume "
         "k fixed-k no-fixed-k curriculum stride targets slot1-weight prefix-loss bidirectional "
-        "no-bidirectional adapters heads loop no-loop extend no-extend kl-weight kl-top "
-        "draft-vocab keep-gb "
+        "no-bidirectional adapters merge-start no-merge-start "
+        "heads loop no-loop extend no-extend kl-weight kl-top draft-vocab keep-gb "
         "lr warmup cooldown beta2 weight-decay clip batch-size micro-batch-size seq-len steps "
         "minutes eval-every eval-prompts max-new-tokens log-every save-every seed fsdp no-fsdp "
         "compile no-compile " + MACHINE,
@@ -80,6 +80,7 @@ FLAGS = {
         + STRATEGY + MACHINE,
     "-m studies.plan":                                      # and train.py's
         "prompt-tokens attention gpus fsdp no-fsdp memory measure no-measure out",
+    "-m studies.tables": "out",
     "-m studies.tiny": "out limit vocab-size trained",
     "-m studies.viewer":
         "prompt-format seed max-new-tokens model out json " + STRATEGY + MACHINE,
@@ -237,6 +238,7 @@ BASE = {
     "-m studies.figures": "--out {tmp}/out",
     "-m studies.lm_eval_adapter": "--model {trained} --tasks nosuch",
     "-m studies.plan": "--model {tiny}",
+    "-m studies.tables": "--out {tmp}/out",
     "-m studies.tiny": "--out {tmp}/out",
     "-m studies.viewer": "--model {trained} --out {tmp}/page.html",
 }
@@ -476,6 +478,7 @@ REFUSED = {
         ("--micro-batch-size 0", "--micro-batch-size"),
         ("--out {tmp}", "{tmp}"),
     ],
+    "-m studies.tables": [],
     "-m studies.tiny": [
         ("--vocab-size 100", "--vocab-size must be at least"),
         ("--trained {tiny}", "not been trained"),

@@ -106,7 +106,7 @@ def test_differences_by_hand():
     runs = {"default": [run_with(base)] * 3, "fixed k": [run_with(rows) for rows in own],
             "curriculum": [run_with(base)] * 2}
     found, level = ablate.differences(runs)
-    assert level == 1 - 0.05 / 4                                # two variants, two measures
+    assert level == pytest.approx(1 - 0.05 / 4)                 # two variants, two measures
     mean, half, by_seed = found["fixed k"]["points"]
     assert by_seed == [-25, -50] and mean == -37.5              # by question: -100, -50, 0, 0
     assert half == pytest.approx(math.hypot(

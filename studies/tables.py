@@ -1,0 +1,621 @@
+"""
+README.md and docs/results.md: their numbers, written from the raw logs in results/.
+
+    python -m studies.tables                            # both pages
+    python -m studies.tables --out some/folder
+
+To change a page, edit its template in docs/templates/ and run this. A template is the page with
+Jinja expressions where a number stands: {{ ... }} calls a function below and says how to write what
+it returns,
+
+    {% set k8 = strategies("tiny-k8") %}                    results/tiny-k8/table.json
+    k = 1 answers {{ k8["k = 1"].accuracy | to(".1%") }} right
+
+Each function reads files of results/; what is computed from them is computed by the study that
+wrote them. `paper` is common/paper.py. CI makes the pages again and compares them byte by byte
+(tests/test_tables.py), so a digit changed by hand, there or in a log, does not get through.
+"""
+import functools
+import gzip
+import json
+import re
+import statistics
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import jinja2
+
+import eval_gsm8k
+from common import cli, paper
+from common.cli import ArgumentParser
+from common.files import read_json, write_text
+from common.intervals import t_quantile
+from common.report import acceptance_by_position
+from common.wordproblems import STRUCTURES
+from studies import ROOT, ablate, bench, cascade, confidence, efficiency
+from studies.figures import read_log
+
+PAGES = {"README.md": "README.md", "docs/results.md": "results.md"}     # page: its template
+TEMPLATES, RESULTS = ROOT / "docs" / "templates", ROOT / "results"
+
+
+# --------------------------------------------------------------------------------------------------
+# How a number is written
+
+def to(value, spec):
+    """{{ 0.975 | to(".1%") }}: 97.5%. What rounds to zero has no sign."""
+    text = format(value, spec)
+    return format(0, spec.replace("+", "")) if not text.strip("+-0.%x") else text
+
+
+def plus_minus(pair, spec):
+    """{{ (97.5, 0.49) | plus_minus(".1f") }}: 97.5 +- 0.5."""
+    value, error = pair
+    return f"{to(value, spec)} +- {format(error, spec.replace('+', ''))}"
+
+
+def rate(value):
+    """{{ 0.0002 | rate }}: 2e-4, as a flag has it."""
+    return f"{value:.0e}".replace("e-0", "e-")
+
+
+def word(number):
+    return ("zero one two three four five six seven eight nine ten eleven twelve".split())[number]
+
+
+def threads(device):
+    """{{ "cpu: AMD EPYC, 2 threads" | threads }}: two."""
+    return word(int(re.search(r"(\d+) threads", device)[1]))
+
+
+def giga(value, spec):
+    return format(value / 1e9, spec)
+
+
+def points(pair):
+    """A share and its error, or a difference and its interval, in points."""
+    return tuple(100 * value for value in pair)
+
+
+def markdown(heads, rows):
+    """A table of cells, which are text."""
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def columns(table, *names):
+    """Some columns of a Markdown table; "accuracy: right, %" is `accuracy` under another name."""
+    lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()]
+    heads, _, *rows = lines
+    pairs = [name.partition(": ")[::2] for name in names]
+    wanted = [heads.index(name) for name, _ in pairs]
+    return markdown([other or name for name, other in pairs],
+                    [[row[n] for n in wanted] for row in rows])
+
+
+def as_drafts(text):
+    """lossless 5 heads -> 4 drafts: of five tokens a pass the model itself writes one."""
+    def drafts(match):
+        count = int(match[1]) - 1
+        return f"{count} draft{'s' * (count > 1)}"
+
+    return re.sub(r"lossless (\d+) heads", drafts, text)
+
+
+def flag(words, name):
+    """What stands behind a flag of a command line."""
+    return words[words.index(name) + 1]
+
+
+def unlogged(number):
+    """A number that no log holds: results/README.md, or a study's source, alone says it."""
+    return number
+
+
+# --------------------------------------------------------------------------------------------------
+# Any study
+
+def record(file):
+    """A JSON file of results/."""
+    return read_json(RESULTS / file)
+
+
+def counted(file, pattern):
+    """The integers that a pattern finds in a text of results/, for each line that has them."""
+    found = [re.search(pattern, line) for line in (RESULTS / file).read_text().splitlines()]
+    return [[int(number) for number in match.groups()] for match in found if match]
+
+
+# --------------------------------------------------------------------------------------------------
+# eval_gsm8k.py: RUN/table.json, RUN/rows.jsonl.gz
+
+def strategies(run):
+    """{strategy: its numbers}."""
+    return {entry["strategy"]: entry for entry in record(f"{run}/table.json")["table"]}
+
+
+def evaluation(run):
+    """The settings of an evaluation, with the machine."""
+    whole = record(f"{run}/table.json")
+    del whole["table"]
+    return whole.pop("settings") | whole
+
+
+def decoding_table(run):
+    return eval_gsm8k.markdown(record(f"{run}/table.json")["table"]).rstrip()
+
+
+def accuracy(entry):
+    """(percent, its standard error)."""
+    return points((entry["accuracy"], entry["stderr"]))
+
+
+@functools.cache                        # tables ask for the same rows again and again
+def read_rows(path):
+    """(settings, {strategy: rows}) of a rows.jsonl.gz."""
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        settings, *rows = map(json.loads, lines)
+    by_strategy = {}
+    for row in rows:
+        name = row["strategy"].replace("static 1", "k = 1")         # as older rows call it
+        by_strategy.setdefault(name, []).append(row)
+    return settings, by_strategy
+
+
+def rows_of(run, strategy):
+    return read_rows((RESULTS / run / "rows.jsonl.gz").resolve())[1][strategy]
+
+
+def rows_settings(run):
+    """The settings of an evaluation, where its table does not hold them."""
+    return read_rows((RESULTS / run / "rows.jsonl.gz").resolve())[0]
+
+
+def against_start(run):
+    """(points, 95% interval): the trained checkpoint's k = 1 against the start, by question."""
+    plain, start = rows_of(run, "k = 1"), rows_of(run, "start, k = 1")
+    assert [row["id"] for row in plain] == [row["id"] for row in start]
+    return points(eval_gsm8k.paired_interval([row["correct"] for row in plain],
+                                             [row["correct"] for row in start]))
+
+
+def start_texts(run, *names):
+    """How many answers are the start model's, token for token, with each of these strategies."""
+    start = [row["tokens"] for row in rows_of(run, "start, k = 1")]
+    own = [[row["tokens"] for row in rows_of(run, name)] for name in names]
+    return sum(all(text == theirs for text in texts) for theirs, *texts in zip(start, *own))
+
+
+def acceptance(run, strategy):
+    """(passes with drafts, [share of each draft that stood, given those before it])."""
+    answers = [SimpleNamespace(drafts=row["drafts"]) for row in rows_of(run, strategy)]
+    shares = acceptance_by_position(answers)
+    given = [share / before for before, share in zip([1, *shares], shares)]
+    return sum(fed > 0 for answer in answers for fed, _ in answer.drafts), given
+
+
+def at_a_glance():
+    """README's table: 1,000 problems, and speed-up at batch 1."""
+    rows = [("start model, k = 1", "tiny-k8", "start, k = 1"), ("k = 1", "tiny-k8", "k = 1"),
+            ("static 2", "tiny-k8", "static 2"), ("adaptive 0.99", "tiny-k8", "adaptive 0.99"),
+            ("adaptive 0.9", "tiny-k8", "adaptive 0.9"),
+            ("lossless, narrow", "tiny-k8", "lossless 8 narrow"),
+            ("start model, 4 heads", "tiny-heads4", "lossless 5 heads")]
+    cells = []
+    for name, run, strategy in rows:
+        own, alone = strategies(run)[strategy], strategies(f"{run}/batch1")[strategy]
+        cells.append([name, plus_minus(accuracy(own), ".1f"), f"{own['tokens_per_forward']:.2f}",
+                      f"{alone['speed_up']:.1f}x",
+                      f"{own['identical_text']:.0%}" if "identical_text" in own else ""])
+    heads = ["decoding", "right, %", "tokens per forward", "speed-up", "same text as k = 1"]
+    return markdown(heads, cells)
+
+
+def beside_the_paper(run):
+    own, cells = strategies(run), []
+    for name, (right, per_forward) in paper.DECODING.items():
+        ours = ["", ""]
+        if name in own:
+            ours = [f"{100 * own[name]['accuracy']:.1f}", f"{own[name]['tokens_per_forward']:.2f}"]
+        cells.append([name, f"{right:.1f}", f"{per_forward}", *ours])
+    k_max = training(run)["k"]
+    return markdown(["decoding", "the paper: accuracy", "tokens per forward",
+                     f"tiny, k_max {k_max}: accuracy", "tokens per forward"], cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py: RUN/log.jsonl
+
+def log(run):
+    """Rows by event, see studies.figures.read_log; of RUN/log.jsonl, RUN/log.jsonl.gz or RUN."""
+    names = (f"{run}/log.jsonl", f"{run}/log.jsonl.gz", run)
+    return read_log(next(RESULTS / name for name in names if (RESULTS / name).is_file()))
+
+
+def training(run):
+    """Settings and machine of a run's first piece, its minutes (of all pieces), its peak in GB."""
+    events = log(run)
+    ends = events.get("end", [])
+    peaks = [end["peak_memory_gb"] for end in ends if "peak_memory_gb" in end]
+    return events["start"][0] | {"minutes": sum(end["minutes"] for end in ends),
+                                 "peak": max(peaks, default=None),
+                                 "last": events["train"][-1]["step"],
+                                 "supervised": sum(row["slots"] for row in events["train"])}
+
+
+def trainings(folder):
+    """`training` of every run in a folder."""
+    files = sorted((RESULTS / folder).glob("*/log.jsonl*"))
+    return [training(file.parent.relative_to(RESULTS)) for file in files]
+
+
+def agreement(run, slot, first, last):
+    """Mean agreement of a slot with the teacher over the steps first .. last that had this slot."""
+    found = [row["agreement"][slot - 1] for row in log(run)["train"]
+             if first <= row["step"] <= last and slot <= len(row["agreement"])
+             and row["agreement"][slot - 1] is not None]
+    return statistics.fmean(found)
+
+
+def agreement_table():
+    """Of both trainings of SmolLM2, over 50 steps each."""
+    first, second = "smollm2-gsm8k-k4", "smollm2-answers-lr1e-4"
+    cells = []
+    for name, run, last in (("first", first, 500), ("second, last rows read once", second, 358),
+                            ("second, read twice from here on", second, 408),
+                            ("second, the end", second, 600)):
+        shares = [agreement(run, slot, last - 49, last) for slot in (1, 2, 3, 4)]
+        cells.append([name, f"{last - 49} to {last}", *(f"{share:.0%}" for share in shares)])
+    return markdown(["run", "steps", *(f"slot {slot}" for slot in (1, 2, 3, 4))], cells)
+
+
+def cost_table(*runs):
+    """What training costs at k = 1."""
+    cells = []
+    for run in runs:
+        own, asked, found = training(run), evaluation(run), strategies(run)
+        cells.append([
+            f"{own['k']}", f"{own['steps']:,}", f"{own['minutes']:.1f}", f"{asked['questions']:,}",
+            *(plus_minus(accuracy(found[name]), ".1f") for name in ("start, k = 1", "k = 1")),
+            plus_minus(against_start(run), "+.1f")])
+    return markdown(["k_max", "steps", "minutes", "problems", "start, k = 1, %",
+                     "trained, k = 1, %", "difference"], cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# studies.confidence
+
+def joined(run, slots, least, most=1):
+    """The tokens of some slots whose confidence is in a range, as one bin."""
+    found = record(f"{run}/confidence.json")["calibration"]
+    return confidence.joined([b for slot in slots for b in found[slot]
+                              if least <= b["from"] and b["to"] <= most])
+
+
+def overconfident(run, slots):
+    """(from, to) of the bins in which more is said than is right, by two standard errors."""
+    return [(b["from"], b["to"]) for b in record(f"{run}/confidence.json")["calibration"][slots]
+            if b["confidence"] - b["agrees"] > 2 * b["stderr"]]
+
+
+def overconfident_from(run, slots):
+    """The lowest confidence from which up all bins are."""
+    starts, found = [low for low, _ in overconfident(run, slots)], None
+    for low in reversed(confidence.EDGES[:-1]):
+        if low not in starts:
+            return found
+        found = low
+    return found
+
+
+def calibration_table(run):
+    slots = record(f"{run}/confidence.json")["calibration"].values()
+    one, more = ([*bins, confidence.joined(bins)] for bins in slots)
+    cells = []
+    for low, high in [*zip(confidence.EDGES, confidence.EDGES[1:]), (None, None)]:
+        row = ["all" if low is None else f"{low:g} to {high:g}"]
+        for bins in (one, more):
+            own = [bins[-1]] if low is None else [b for b in bins[:-1] if b["from"] == low]
+            row += ["", "", ""] if not own else [
+                f"{own[0]['tokens']:,}", f"{100 * own[0]['confidence']:.2f}",
+                plus_minus(points((own[0]["agrees"], own[0]["stderr"])), ".2f")]
+        cells.append(row)
+    return markdown(["confidence", "slot 1: tokens", "said, %", "right, %",
+                     "slots 2 and up: tokens", "said, %", "right, %"], cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# studies.ablate
+
+@functools.cache
+def ablation_runs(folder):
+    return ablate.read_runs(folder)
+
+
+def ablation():
+    """{variant: its runs}, as `ablate.read_runs` has them from the rows in results/ablation."""
+    return ablation_runs(RESULTS / "ablation")
+
+
+def ablation_table():
+    return ablate.markdown(ablate.summarise(ablation()), ablation()).rstrip()
+
+
+def against(variant, strategy=ablate.COMPARED):
+    """A variant less the default: [(points, half of its interval), (tokens per forward, pooled,
+    half of its interval)]."""
+    own = ablate.differences(ablation(), strategy)[0][variant]
+    return [own[measure][:2] for measure in ablate.MEASURES]
+
+
+def by_seed(variant, measure="tokens per forward", strategy=ablate.COMPARED):
+    """The differences of `against`, seed by seed, as a text: "-0.69, -1.06"."""
+    *_, each = ablate.differences(ablation(), strategy)[0][variant][measure]
+    spec = "+.2f" if measure == "tokens per forward" else "+.1f"
+    return ", ".join(to(difference, spec) for difference in each)
+
+
+def comparisons():
+    """(how many differences stand beside each other, the level of each one's interval, and that of
+    all of them together)."""
+    found, level = ablate.differences(ablation())
+    return len(ablate.MEASURES) * len(found), level, ablate.TOGETHER
+
+
+def verdicts():
+    """{variant: (its order of accuracy, of tokens per forward)}, where the paper has the variant:
+    "holds", "does not hold" or "is undecided"."""
+    found = ablate.differences(ablation())[0]
+    return {name: ablate.orders(name, own) for name, own in found.items() if name in paper.VARIANTS}
+
+
+def differences_table():
+    cells, base = [], paper.VARIANTS["default"]
+    for name in ablation():
+        if name == "default":
+            continue
+        right, rates = against(name)
+        row = [name, plus_minus(right, "+.1f"), by_seed(name, "points"), plus_minus(rates, "+.2f"),
+               by_seed(name)]
+        if name in paper.VARIANTS:
+            theirs = paper.VARIANTS[name]
+            row += [f"{theirs[0] - base[0]:+.1f}", f"{theirs[1] - base[1]:+.1f}",
+                    f"{paper.VARIANTS_AT_K1[name]:.1f}",
+                    *(order.removeprefix("is ") for order in verdicts()[name])]
+        cells.append(row + [""] * (10 - len(row)))
+    return markdown(["variant", "points at 0.9", "each seed's", "tokens per forward at 0.9",
+                     "each seed's", "the paper: points", "the paper: tokens per forward",
+                     "the paper: accuracy at k = 1", "its order of accuracy here",
+                     "its order of tokens per forward here"], cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# studies.clash
+
+def clash_table():
+    whole = record("clash/clash.json")
+    names = {"ground truth as labels": "ground truth"}
+    cells = []
+    for name, own in whole["objectives"].items():
+        likely = [", ".join(f"{text.strip()} {p:.2f}" for text, p in slot[:2])
+                  for slot in own["slots"]]
+        together = f"{own['belong_together'] * whole['limit']:.0f} of {whole['limit']}"
+        cells.append([names.get(name, name), *likely, together])
+    return markdown(["targets", "slot 1 holds likely", "slot 2 holds likely",
+                     "chunks that belong together"], cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# studies.bench
+
+def race(run, batch=1):
+    """{contender: median, least and most tokens/s, ratio of medians to transformers' and to our
+    k = 1, tokens per pass, how many greedy texts}."""
+    entries = record(f"{run}/bench.json")["races"][str(batch)]
+    middle = {name: statistics.median(e["tokens_per_second"]) for name, e in entries.items()}
+    return {name: {"speed": middle[name],
+                   "least": min(e["tokens_per_second"]), "most": max(e["tokens_per_second"]),
+                   "times_theirs": middle[name] / middle[bench.BASELINE],
+                   "times_k1": middle[name] / middle[bench.PLAIN],
+                   "per_pass": e["tokens_per_pass_and_row"], "greedy": e["greedy_texts"]}
+            for name, e in entries.items()}
+
+
+def speed(tokens_per_second):
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.1f}"
+
+
+def race_table(run, batch=1):
+    cells = [[name, speed(e["speed"]), f"{speed(e['least'])} to {speed(e['most'])}",
+              f"{e['times_theirs']:.2f}", f"{e['times_k1']:.2f}", f"{e['per_pass']:.2f}",
+              f"{e['greedy']} of {batch}"] for name, e in race(run, batch).items()]
+    return markdown([f"decoding, batch {batch}", "new tokens/s", "range", "vs transformers",
+                     "vs our k = 1", "tokens per pass", "greedy text"], cells)
+
+
+def round_by_round(run, batch=1):
+    """The race in which each round had prompts of its own: ratios are taken round by round."""
+    entries = record(f"{run}/bench.json")["races"][str(batch)]
+    table = bench.race_table(entries, batch).split("\n\n")[-1]
+    return columns(table.replace(" - ", " to "), f"decoding only: decoding, batch {batch}",
+                   "new tokens/s", "times our k = 1", "times transformers",
+                   "tokens per pass and row: tokens per pass")
+
+
+def ratio_to_k1(run, contender, batch=1):
+    """[of each round]."""
+    return record(f"{run}/bench.json")["races"][str(batch)][contender]["ratio_to_k1"]
+
+
+def widths(run):
+    """{fed tokens: milliseconds of a pass}."""
+    times = record(f"{run}/bench.json")["milliseconds_by_width"]
+    return {int(width): time for width, time in times.items()}
+
+
+def widths_table(**runs):
+    times = {name: widths(run) for name, run in runs.items()}
+    fed = sorted(set().union(*times.values()))
+    cells = []
+    for name, own in times.items():
+        digits = 1 if own[1] >= 10 else 2
+        cells.append([f"{name}, ms", *(f"{own[n]:.{digits}f}" if n in own else "" for n in fed)])
+        cells.append(["times one token",
+                      *(f"{own[n] / own[1]:.2f}" if n in own else "" for n in fed)])
+    return markdown(["fed tokens", *map(str, fed)], cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# studies.efficiency, studies.plan
+
+def efficiency_table(run, name):
+    whole = record(f"{run}/efficiency.json")
+    text = efficiency.markdown(whole["table"])
+    text = columns(text, f"step: {name}", "supervised tokens/s", "of the first", "per fed token",
+                   "of the matmul rate", "peak, GB")
+    lines = []
+    for line, entry in zip(text.splitlines()[2:], whole["table"]):
+        cells = [cell.strip() for cell in line[1:-1].split("|")]
+        rounds = [r["supervised_tokens_per_second"] for r in whole["each_round"][entry["name"]]]
+        cells[1] = f"{entry['supervised_tokens_per_second']:,.0f} ({cells.pop(2)})"
+        cells.insert(2, f"{min(rounds):,.0f} to {max(rounds):,.0f}")
+        lines.append(cells)
+    return markdown([name, "supervised tokens/s", "rounds", "per fed token", "of the matmul rate",
+                     "peak, GB"], lines)
+
+
+def peak(run, contender):
+    """GB of a training that `efficiency` raced."""
+    table = record(f"{run}/efficiency.json")["table"]
+    return next(e["peak_bytes"] for e in table if e["name"] == contender) / 1e9
+
+
+def step_seconds(run):
+    """Of each contender: the median over rounds, whose first step does not count."""
+    whole = record(f"{run}/efficiency.json")
+    return [statistics.median(r["seconds"] / (whole["steps"] - 1) for r in rounds)
+            for rounds in whole["each_round"].values()]
+
+
+def first_ratio(run, contender):
+    """Supervised tokens/s of a contender over those of the first one."""
+    table = record(f"{run}/efficiency.json")["table"]
+    own = {entry["name"]: entry["supervised_tokens_per_second"] for entry in table}
+    return own[contender] / table[0]["supervised_tokens_per_second"]
+
+
+def trained_part(plan):
+    """What of the model a planned training trains."""
+    if plan.get("adapters"):
+        return f"adapters, rank {plan['adapters']}"
+    if plan.get("heads"):
+        drafted = f", {plan['draft_vocab']:,} drafted tokens" if plan["draft_vocab"] else ""
+        heads = f"{plan['heads']} heads"
+        if plan["loop"]:
+            heads = f"one head, looped {plan['heads']} deep"
+        return heads + drafted
+    each = f", each of {plan['gpus']} GPUs, `--fsdp`" if plan["fsdp"] else ""
+    return f"all weights{each}"
+
+
+def plan_table():
+    sizes = record("plan/qwen3-0.6b.json")
+    memory, cells = [f"{gb:g}" for gb in sizes["memory"]], []
+    for name, file in (("Qwen3-0.6B", "qwen3-0.6b"), ("Qwen3-4B", "qwen3-4b-instruct-2507"),
+                       ("Llama-3.1-8B", "llama-3.1-8b-instruct")):
+        for way in ("", "-adapters64", "-heads4", "-heads4-loop", "-fsdp4"):
+            own = record(f"plan/{file}{way}.json")
+            fits = [own["largest_micro_batch_size"][gb] for gb in memory]
+            cells.append([name, trained_part(own), f"{own['estimated_bytes'] / 1e9:.1f} GB",
+                          *(f"up to {most}" if most else "no" for most in fits)])
+    return markdown(["model", "trained", f"{sizes['micro_batch_size']} sequences a pass",
+                     *(f"{gb} GB" for gb in memory)], cells)
+
+
+def measured_table():
+    """The estimate, held against two real steps."""
+    cells = []
+    for name, file in (("tiny", "tiny"), ("SmolLM2", "smollm2-135m")):
+        for way in ("", "-adapters64", "-adapters64-bf16", "-heads4", "-heads4-bf16", "-heads",
+                    "-heads-bf16"):
+            path = f"plan/{file}{way}-measured.json"
+            if not (RESULTS / path).exists():
+                continue
+            own = record(path)
+            tensors, process = (own["measured_bytes"][key] for key in ("tensors", "process"))
+            part = "heads" if own.get("loop") else trained_part(own).replace(", rank", "")
+            cells.append([f"{name}, {part}, {own['dtype']}",
+                          *(giga(size, ".3f") for size in (own["estimated_bytes"], tensors)),
+                          f"{own['estimated_bytes'] / tensors:.3f}", giga(process, ".3f")])
+    return markdown(["run", "estimate", "tensors measured", "estimate / measured",
+                     "the process grew by"], cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# studies.cascade
+
+def cascade_runs(run):
+    """(settings, {variant: its runs, question by question})."""
+    whole = record(f"{run}/table.json")
+    settings = SimpleNamespace(**whole["settings"], out=RESULTS / run)
+    found = {}
+    for name, own in whole["runs"].items():
+        files = [cascade.folder_of(name, one["seed"], settings).with_suffix(".json") for one in own]
+        found[name] = [read_json(file)["questions"] for file in files]
+    return settings, found
+
+
+def cascade_table(run):
+    settings, runs = cascade_runs(run)
+    return cascade.markdown(cascade.summarise(runs), runs, settings).rstrip()
+
+
+def cascade_claims(run):
+    """The paper's claims, a bullet each."""
+    _, runs = cascade_runs(run)
+    return "\n".join(textwrap.fill(cascade.in_words(claim), 100, subsequent_indent="  ",
+                                   break_on_hyphens=False)
+                     for claim in cascade.claims(runs))
+
+
+# --------------------------------------------------------------------------------------------------
+# The script
+
+FUNCTIONS = [
+    unlogged, record, counted, strategies, evaluation, decoding_table, accuracy, against_start,
+    rows_settings, start_texts, acceptance, at_a_glance, beside_the_paper, log, training, trainings,
+    agreement, agreement_table, cost_table, joined, overconfident, overconfident_from,
+    calibration_table, ablation_table, against, by_seed, comparisons, t_quantile, verdicts,
+    differences_table, clash_table, race, race_table, round_by_round, ratio_to_k1, widths,
+    widths_table, efficiency_table, first_ratio, peak, step_seconds, plan_table,
+    measured_table, cascade_runs, cascade_table, cascade_claims]
+FILTERS = [to, plus_minus, rate, giga, word, threads, points, columns, as_drafts, flag, speed]
+
+
+def render(template):
+    """The text of a page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {own.__name__: own for own in FILTERS} | {
+        "median": statistics.median, "min": min, "max": max}
+    environment.globals |= {own.__name__: own for own in FUNCTIONS} | {
+        "paper": paper, "STRUCTURES": STRUCTURES}
+    return environment.get_template(template).render()
+
+
+def main():
+    parser = ArgumentParser(prog="-m studies.tables", description=__doc__)
+    parser.add_argument("--out", default=str(ROOT),
+                        help="folder for README.md and docs/results.md (this project's)")
+    args = parser.parse_args()
+    for page, template in PAGES.items():
+        path = Path(args.out) / page
+        cli.output_folder(path.parent)
+        write_text(path, render(template))      # under another name first, so that it is whole
+        print(path)
+
+
+if __name__ == "__main__":
+    cli.run(main)
