@@ -36,8 +36,8 @@ from common.files import read_json, read_note, write_json, write_text
 from common.hub import default_model, resolve
 from common.machine import machine, pick_device, pick_dtype
 from common.progress import Progress
-from common.records import fingerprint, open_rows, read_rows
-from common.report import shared_text, speeds
+from common.records import compact, fingerprint, open_rows, read_rows
+from common.report import speeds
 from common.scoring import (
     QA_FORMATS, QA_STOPS, build_prompt, extract_flexible, extract_strict, gold_of, is_right,
     paired_interval, standard_error)
@@ -121,21 +121,28 @@ def ask(contender, prompts, golds, first, setting):
 # The table
 
 def as_answer(row):
-    """A row's Answer again, for the statistics of common/report.py."""
-    keys = ("tokens", "chunks", "finish", "seconds", "prompt_seconds")
-    return Answer(**{key: row[key] for key in keys})
+    """A compact row's Answer again, for the statistics of common/report.py: as many tokens, and
+    none of them known."""
+    keys = ("chunks", "finish", "seconds", "prompt_seconds")
+    return Answer(tokens=range(row["tokens"]), **{key: row[key] for key in keys})
 
 
 def summarise(rows):
-    """{strategy: list of rows} -> one dict per strategy, in order, compared with k = 1's rows."""
+    """{strategy: list of rows} -> one dict per strategy, in order, compared with k = 1's rows.
+
+    Rows are those of rows.jsonl or, all of them, of rows.jsonl.gz (common/records.py): it makes no
+    difference.
+    """
+    rows = {name: [compact(row, plain) for row, plain in zip(own, rows[PLAIN.name])]
+            for name, own in rows.items()}
     table, plain = [], rows[PLAIN.name]
-    plain_texts, plain_hits = ([row[key] for row in plain] for key in ("tokens", "correct"))
+    plain_hits = [row["correct"] for row in plain]
     for name, own in rows.items():
         answers = [as_answer(row) for row in own]
         batches = {}
         for row, answer in zip(own, answers):
             batches.setdefault(row["batch"], []).append(answer)
-        hits, texts = [row["correct"] for row in own], [row["tokens"] for row in own]
+        hits, tokens = [row["correct"] for row in own], sum(row["tokens"] for row in own)
         rates = [answer.tokens_per_forward for answer in answers]
         whole, decoding = speeds(list(batches.values()))
         entry = {
@@ -145,7 +152,8 @@ def summarise(rows):
             "stderr": standard_error(hits),
             "accuracy_strict": statistics.fmean(row["correct_strict"] for row in own),
             "tokens_per_forward": statistics.fmean(rates),
-            "tokens": sum(map(len, texts)),
+            "tokens_per_forward_pooled": tokens / sum(answer.passes for answer in answers),
+            "tokens": tokens,
             "tokens_per_forward_std": statistics.stdev(rates) if len(own) > 1 else float("nan"),
             "tokens_per_second": whole,
             "tokens_per_second_decoding": decoding,
@@ -155,11 +163,13 @@ def summarise(rows):
         if name != START:
             entry |= {
                 "difference": paired_interval(hits, plain_hits),
-                "identical_text": statistics.fmean(a == b for a, b in zip(texts, plain_texts)),
-                "shared_prefix": shared_text(texts, plain_texts),
+                "identical_text": statistics.fmean(
+                    row["hash"] == base["hash"] for row, base in zip(own, plain)),
+                "shared_prefix": sum(row["shared_prefix"] for row in own) / sum(
+                    row["tokens"] for row in plain),
             }
         if own[0]["start_loss"] is not None:
-            entry["start_loss"] = sum(row["start_loss"] for row in own) / sum(map(len, texts))
+            entry["start_loss"] = sum(row["start_loss"] for row in own) / tokens
         table.append(entry)
     reference = next(entry["seconds"] for entry in table if entry["strategy"] == PLAIN.name)
     for entry in table:

@@ -116,7 +116,7 @@ def read_weights(folder):
 # --------------------------------------------------------------------------------------------------
 # Writing
 
-def write_text(path, text):
+def write_bytes(path, data):
     """Write a file whole or not at all: under another name first, then renamed."""
     path = Path(path)
     if path.exists() and not path.is_file():            # a device, a folder: no file of ours
@@ -124,10 +124,14 @@ def write_text(path, text):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(data)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path, value):

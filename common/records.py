@@ -1,20 +1,26 @@
 """
 Rows of an evaluation on disk: one JSON line per answer, written batch by batch, so that a killed
 run goes on where it was. The first line is not a row: it holds the settings.
+
+`keep_compact` makes rows.jsonl.gz of rows.jsonl: no texts, and yet all that the tables are made of.
 """
+import gzip
 import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
 
 from common import parallel
 from common.cli import Alone, InputError, reading, say
-from common.files import start_files, weight_files
+from common.files import start_files, weight_files, write_bytes
+from common.report import shared_prefix
 
 
-# What the table is made of
+# What the table is made of; what a compact row does without
 NEEDED = {"id", "strategy", "batch", "batch_rows", "tokens", "chunks", "finish", "seconds",
           "prompt_seconds", "correct", "correct_strict", "start_loss"}
+TEXTS = {"text", "extracted", "extracted_strict", "gold"}
 
 
 def fingerprint(folder):
@@ -38,14 +44,21 @@ def hash_of(files):
 
 
 def json_lines(path, needed, first=1):
-    """The JSON objects in a file of lines, from line `first` on, each with the keys `needed`.
+    """The JSON objects in a file of lines, from line `first` on, each with the keys `needed`. What
+    ends in .gz is unpacked.
 
     A last line without its end, which a killed run was writing, is left out; so is any damaged one,
     with a note. (Two processes may write to one file: behind what one of them could not finish the
     other one goes on.)
     """
     with reading(path):
-        lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+        data = Path(path).read_bytes()
+        if Path(path).suffix == ".gz":
+            try:
+                data = gzip.decompress(data)
+            except (OSError, EOFError, zlib.error) as error:
+                raise ValueError(f"not a whole gzip file: {error}") from None
+        lines = data.decode("utf-8").split("\n")[:-1]
     for number, line in enumerate(lines[first - 1:], first):
         try:
             row = json.loads(line)
@@ -63,6 +76,36 @@ def read_rows(path):
         for row in json_lines(path, NEEDED, first=2):
             kept.setdefault((row["strategy"], row["batch"]), []).append(row)
         return {key: batch for key, batch in kept.items() if len(batch) == batch[0]["batch_rows"]}
+
+
+def compact(row, plain):
+    """A row without its texts, a third of the size; a row that is compact already comes as it is.
+
+    plain     k = 1's row for the same question, not compact either
+    returns   a dict: `tokens` is their number, `hash` tells different ones apart, `shared_prefix`
+              is how many of the first ones are k = 1's
+    """
+    tokens = row["tokens"]
+    if isinstance(tokens, int):
+        return row
+    digest = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+    return {key: value for key, value in row.items() if key not in TEXTS} | {
+        "tokens": len(tokens), "hash": digest[:8],
+        "shared_prefix": shared_prefix(tokens, plain["tokens"])}
+
+
+def keep_compact(path, plain):
+    """Write rows.jsonl.gz beside a finished rows.jsonl: the settings, and every row `compact`.
+
+    plain   the name of the strategy k = 1
+    """
+    settings = next(json_lines(path, set()))
+    rows = [row for batch in read_rows(path).values() for row in batch]
+    references = {row["id"]: row for row in rows if row["strategy"] == plain}
+    kept = [settings, *(compact(row, references[row["id"]]) for row in rows)]
+    lines = "".join(json.dumps(row) + "\n" for row in kept)
+    # without the date that gzip notes: the same rows are the same file
+    write_bytes(path.with_suffix(".jsonl.gz"), gzip.compress(lines.encode(), mtime=0))
 
 
 def open_rows(path, settings, resume):

@@ -13,9 +13,12 @@ Studies: what was measured, compared and drawn with nanoMTP. Nothing above this 
     tiny                        how checkpoints/tiny and tiny-mtp were made
 """
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 from common.cli import InputError
+from common.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,3 +38,20 @@ def output_file(path):
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: no folder {path.parent}")
     return path
+
+
+def run_script(script, *flags, what):
+    """`python script flags` in a process of its own. InputError, naming `what`, if it fails."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    if subprocess.run(command).returncode:
+        raise InputError(f"{script} failed for {what}, see above; --resume goes on from here")
+
+
+def keep_settings(out, settings):
+    """Note in OUT/settings.json what the runs there have in common; InputError for other ones."""
+    path = out / "settings.json"
+    was = read_json(path) if path.exists() else settings
+    if was != settings:
+        raise InputError(f"{out} was made with {was}: resume with the same settings, or choose "
+                         "another --out")
+    write_json(path, settings)

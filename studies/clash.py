@@ -27,7 +27,7 @@ from common.machine import machine, pick_device, pick_dtype
 from common.wordproblems import NAMES, THINGS
 from heads import load_heads
 from sample import generate, load
-from studies.ablate import keep_settings, run_script
+from studies import keep_settings, run_script
 from studies.viewer import passes_of
 
 TARGETS = {"ground truth as labels": "ground-truth", "the teacher": "hard"}

@@ -18,7 +18,6 @@ wrote them. `paper` is common/paper.py. CI makes the pages again and compares th
 import functools
 import gzip
 import json
-import math
 import re
 import statistics
 import textwrap
@@ -31,6 +30,7 @@ import eval_gsm8k
 from common import cli, paper
 from common.cli import ArgumentParser
 from common.files import read_json, write_text
+from common.intervals import t_quantile
 from common.report import acceptance_by_position
 from common.wordproblems import STRUCTURES
 from studies import ROOT, ablate, bench, cascade, confidence, efficiency
@@ -328,49 +328,66 @@ def calibration_table(run):
 # --------------------------------------------------------------------------------------------------
 # studies.ablate
 
+@functools.cache
+def ablation_runs(folder):
+    return ablate.read_runs(folder)
+
+
 def ablation():
-    """{variant: its runs}, {variant: {strategy: four numbers}}; see `ablate.summarise`."""
-    runs = record("ablation/table.json")["runs"]
-    return runs, ablate.summarise(runs)
+    """{variant: its runs}, as `ablate.read_runs` has them from the rows in results/ablation."""
+    return ablation_runs(RESULTS / "ablation")
 
 
 def ablation_table():
-    runs, table = ablation()
-    return ablate.markdown(table, runs).rstrip()
+    return ablate.markdown(ablate.summarise(ablation()), ablation()).rstrip()
 
 
-def against(variant, other="default", strategy="adaptive 0.9"):
-    """Differences of two variants: (points, error), (tokens per forward, error)."""
-    _, table = ablation()
-    own, base = (table[name][strategy] for name in (variant, other))
-    return [(own[n] - base[n], math.hypot(own[n + 1], base[n + 1])) for n in (0, 2)]
+def against(variant, strategy=ablate.COMPARED):
+    """A variant less the default: [(points, half of its interval), (tokens per forward, pooled,
+    half of its interval)]."""
+    own = ablate.differences(ablation(), strategy)[0][variant]
+    return [own[measure][:2] for measure in ablate.MEASURES]
+
+
+def by_seed(variant, measure="tokens per forward", strategy=ablate.COMPARED):
+    """The differences of `against`, seed by seed, as a text: "-0.69, -1.06"."""
+    *_, each = ablate.differences(ablation(), strategy)[0][variant][measure]
+    spec = "+.2f" if measure == "tokens per forward" else "+.1f"
+    return ", ".join(to(difference, spec) for difference in each)
+
+
+def comparisons():
+    """(how many differences stand beside each other, the level of each one's interval, and that of
+    all of them together)."""
+    found, level = ablate.differences(ablation())
+    return len(ablate.MEASURES) * len(found), level, ablate.TOGETHER
 
 
 def verdicts():
     """{variant: (its order of accuracy, of tokens per forward)}, where the paper has the variant:
     "holds", "does not hold" or "is undecided"."""
-    _, table = ablation()
-    found = {name: ablate.against_default(table, name)[1] for name in table if name != "default"}
-    return {name: orders for name, orders in found.items() if orders}
+    found = ablate.differences(ablation())[0]
+    return {name: ablate.orders(name, own) for name, own in found.items() if name in paper.VARIANTS}
 
 
 def differences_table():
-    _, table = ablation()
     cells, base = [], paper.VARIANTS["default"]
-    for name in table:
+    for name in ablation():
         if name == "default":
             continue
-        (right, error, rate, rate_error), orders = ablate.against_default(table, name)
-        row = [name, plus_minus((right, error), "+.1f"), plus_minus((rate, rate_error), "+.2f")]
-        if orders:
+        right, rates = against(name)
+        row = [name, plus_minus(right, "+.1f"), by_seed(name, "points"), plus_minus(rates, "+.2f"),
+               by_seed(name)]
+        if name in paper.VARIANTS:
             theirs = paper.VARIANTS[name]
             row += [f"{theirs[0] - base[0]:+.1f}", f"{theirs[1] - base[1]:+.1f}",
                     f"{paper.VARIANTS_AT_K1[name]:.1f}",
-                    *(order.removeprefix("is ") for order in orders)]
-        cells.append(row + [""] * (8 - len(row)))
-    return markdown(["variant", "points at 0.9", "tokens per forward at 0.9", "the paper: points",
-                     "the paper: tokens per forward", "the paper: accuracy at k = 1",
-                     "its order of accuracy here", "its order of tokens per forward here"], cells)
+                    *(order.removeprefix("is ") for order in verdicts()[name])]
+        cells.append(row + [""] * (10 - len(row)))
+    return markdown(["variant", "points at 0.9", "each seed's", "tokens per forward at 0.9",
+                     "each seed's", "the paper: points", "the paper: tokens per forward",
+                     "the paper: accuracy at k = 1", "its order of accuracy here",
+                     "its order of tokens per forward here"], cells)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -569,9 +586,10 @@ FUNCTIONS = [
     unlogged, record, counted, strategies, evaluation, decoding_table, accuracy, against_start,
     rows_settings, start_texts, acceptance, at_a_glance, beside_the_paper, log, training, trainings,
     agreement, agreement_table, cost_table, joined, overconfident, overconfident_from,
-    calibration_table, ablation_table, against, verdicts, differences_table, clash_table, race,
-    race_table, round_by_round, ratio_to_k1, widths, widths_table, efficiency_table, first_ratio,
-    peak, step_seconds, plan_table, measured_table, cascade_runs, cascade_table, cascade_claims]
+    calibration_table, ablation_table, against, by_seed, comparisons, t_quantile, verdicts,
+    differences_table, clash_table, race, race_table, round_by_round, ratio_to_k1, widths,
+    widths_table, efficiency_table, first_ratio, peak, step_seconds, plan_table,
+    measured_table, cascade_runs, cascade_table, cascade_claims]
 FILTERS = [to, plus_minus, rate, giga, word, threads, points, columns, as_drafts, flag, speed]
 
 

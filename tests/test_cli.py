@@ -57,7 +57,9 @@ FLAGS = {
         "data limit shots prompt-format stop seed lossless no-lossless narrow no-narrow "
         "max-new-tokens batch-size model baseline out resume no-resume " + STRATEGY + MACHINE,
     "-m common.data": "data limit seed",
-    "-m studies.ablate": "only model k steps seeds limit out resume no-resume " + MACHINE,
+    "-m studies.ablate":
+        "only model k steps seeds limit out resume no-resume table-only no-table-only processes "
+        + MACHINE,
     "-m studies.answers":
         "data limit max-new-tokens prompt-format seed model out resume no-resume batch-size "
         + MACHINE,
@@ -403,8 +405,10 @@ REFUSED = {
     "-m studies.ablate": [
         ("--k 2", "--k must be at least 3"),
         ("--seeds 0", "--seeds must be at least 1"),
+        ("--processes 0", "--processes must be at least 1"),
         ("--only nosuch", "nosuch"),
         ("--out {trained}", "add --resume"),
+        ("--table-only", "holds no whole run"),
     ],
     "-m studies.answers": [
         ("--out {tmp}/rows.txt", "end in .jsonl"),

@@ -16,6 +16,7 @@ from conftest import in_two_processes, tokens, train_briefly
 
 import eval_gsm8k as evaluation
 from common.cli import InputError
+from common.records import compact, keep_compact, read_rows
 from common.scoring import (
     INVALID, NO_GOLD, build_prompt, extract_flexible, extract_strict, gold_of, is_right, normalise,
     paired_interval, standard_error)
@@ -158,6 +159,7 @@ def test_summary_by_hand():
     assert (two["accuracy"], two["accuracy_strict"], two["questions"]) == (1.0, 0, 2)
     assert (two["tokens_per_second"], two["seconds"]) == (3.0, 2.0)
     assert two["tokens_per_second_decoding"] == pytest.approx(2 / 1.5)
+    assert (two["tokens_per_forward"], two["tokens_per_forward_pooled"]) == (2, 6 / 3)
     assert evaluation.markdown(table).splitlines() == [
         "| decoding | accuracy | vs k = 1 | tokens per forward | new tokens/s (after the prompt) "
         "| speed-up | cut off | same text | before first difference | loss under start |",
@@ -167,6 +169,17 @@ def test_summary_by_hand():
         "| 100% | 0.500 |",
         "| static 2 | 100.0 +- 0.0 | +50.0 +- 98.0 | 2.00 +- 0.00 | 3.0 (1.3) | 2.00x | 50% | 50% "
         "| 67% | 1.000 |"]
+
+
+def test_a_compact_row():
+    """Counts, a hash that tells texts apart, and the prefix with k = 1; nothing to read."""
+    plain = {"tokens": [1, 2, 3], "chunks": [1, 1, 1], "text": "a b c", "gold": "3", "correct": 1}
+    own = plain | {"tokens": [1, 2, 4], "chunks": [2, 1], "text": "a b d", "correct": 0}
+    short = compact(own, plain)
+    assert short == {"tokens": 3, "chunks": [2, 1], "correct": 0, "hash": short["hash"],
+                     "shared_prefix": 2}
+    assert len(short["hash"]) == 8 and short["hash"] != compact(plain, plain)["hash"]
+    assert compact(short, compact(plain, plain)) is short
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,6 +279,20 @@ def test_run_and_resume(tiny, trained, tmp_path, monkeypatch, capsys):
             answer, = generate(model, tokenizer, [prompt], 1, max_new_tokens=12)
             assert row["tokens"] == answer.tokens
             assert row["gold"] == problem["answer"].split("#### ")[1]
+
+    # without texts: the same table, to the bit
+    keep_compact(a / "rows.jsonl", "k = 1")
+    kept = {}
+    for (name, _), batch in read_rows(a / "rows.jsonl.gz").items():
+        kept.setdefault(name, []).extend(batch)
+    assert all("text" not in row for own in kept.values() for row in own)
+    assert json.loads(json.dumps(evaluation.summarise(kept))) == entries
+    packed = (a / "rows.jsonl.gz").read_bytes()
+    keep_compact(a / "rows.jsonl", "k = 1")
+    assert (a / "rows.jsonl.gz").read_bytes() == packed             # no date in it
+    (a / "rows.jsonl.gz").write_bytes(packed[:-20])
+    with pytest.raises(InputError, match="not a whole gzip file"):
+        read_rows(a / "rows.jsonl.gz")
 
     b.mkdir()
     (b / "rows.jsonl").write_text("\n".join(lines[:10]) + "\n" + lines[10][:50])

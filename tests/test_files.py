@@ -134,13 +134,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_json(file, {"é": 1})
     assert read_json(file) == {"é": 1} and entries(tmp_path) == ["table.json"]
     before = file.read_bytes()
-    write_text = Path.write_text
+    write_bytes = Path.write_bytes
 
-    def half(path, text, **options):
-        write_text(path, text[:len(text) // 2], **options)
+    def half(path, data):
+        write_bytes(path, data[:len(data) // 2])
         raise FULL
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     refused(lambda: write_json(file, {"é": 2}), file, "No space left")
     assert file.read_bytes() == before and entries(tmp_path) == ["table.json"]
     refused(lambda: write_json(tmp_path / "absent" / "a.json", {}), "cannot write to")
