@@ -160,6 +160,8 @@ def read_rows(path):
     for row in rows:
         name = row["strategy"].replace("static 1", "k = 1")         # as older rows call it
         by_strategy.setdefault(name, []).append(row)
+    for own in by_strategy.values():
+        own.sort(key=lambda row: row["id"])                 # several processes write as they come
     return settings, by_strategy
 
 
@@ -201,7 +203,8 @@ def at_a_glance():
             ("static 2", "tiny-k8", "static 2"), ("adaptive 0.99", "tiny-k8", "adaptive 0.99"),
             ("adaptive 0.9", "tiny-k8", "adaptive 0.9"),
             ("lossless, narrow", "tiny-k8", "lossless 8 narrow"),
-            ("start model, 4 heads", "tiny-heads4", "lossless 5 heads")]
+            ("start model, 4 heads", "tiny-heads4", "lossless 5 heads"),
+            ("start model, adapters, lossless", "tiny-adapters64-2000", "lossless 8 narrow")]
     cells = []
     for name, run, strategy in rows:
         own, alone = strategies(run)[strategy], strategies(f"{run}/batch1")[strategy]
@@ -258,6 +261,11 @@ def agreement(run, slot, first, last):
     return statistics.fmean(found)
 
 
+def mean_loss(run, first, last):
+    """In nats, over the steps first .. last."""
+    return statistics.fmean(row["loss"] for row in log(run)["train"] if first <= row["step"] <= last)
+
+
 def agreement_table():
     """Of both trainings of SmolLM2, over 50 steps each."""
     first, second = "smollm2-gsm8k-k4", "smollm2-answers-lr1e-4"
@@ -281,6 +289,56 @@ def cost_table(*runs):
             plus_minus(against_start(run), "+.1f")])
     return markdown(["k_max", "steps", "minutes", "problems", "start, k = 1, %",
                      "trained, k = 1, %", "difference"], cells)
+
+
+def ways_table():
+    """All weights, adapters and heads beside each other: of each its training, and what it comes to
+    at threshold 0.9, lossless, and in time at batch 1."""
+    cells = []
+    for model, way, run, asked, wide, narrow, faster in (
+            ("tiny", "all weights", "tiny-k8", "tiny-k8", "lossless 8", "lossless 8 narrow",
+             at_batch_1("tiny-k8", "lossless 8 narrow")),
+            ("tiny", "adapters", "tiny-adapters64-500", "tiny-adapters64-500", "lossless 8",
+             "lossless 8 narrow", ""),
+            ("tiny", "adapters", "tiny-adapters64", "tiny-adapters64", "lossless 8",
+             "lossless 8 narrow", at_batch_1("tiny-adapters64", "lossless 8 narrow")),
+            ("tiny", "adapters", "tiny-adapters64-2000", "tiny-adapters64-2000", "lossless 8",
+             "lossless 8 narrow", at_batch_1("tiny-adapters64-2000", "lossless 8 narrow")),
+            ("tiny", "4 heads", "tiny-heads4", "tiny-heads4", "lossless 5 heads", None,
+             at_batch_1("tiny-heads4", "lossless 5 heads")),
+            ("SmolLM2", "all weights", "smollm2-answers-lr1e-4", "smollm2-answers-lr1e-4/eval",
+             "lossless 4", "lossless 4 narrow", ""),
+            ("SmolLM2", "adapters", "smollm2-adapters64", "smollm2-adapters64/eval", "lossless 4",
+             "lossless 4 narrow",
+             median_ratio("bench-smollm2-adapters64", "ours, lossless 4 narrow")),
+            ("SmolLM2", "one head, looped", "smollm2-heads", "smollm2-heads/eval",
+             "lossless 5 heads", None,
+             median_ratio("bench-smollm2-heads", "ours, lossless 5 heads"))):
+        own, found = training(run), strategies(asked)
+        whole = training("tiny-k8" if model == "tiny" else "smollm2-gsm8k-k4")["parameters"]
+        trained = own["parameters"] - (whole if own.get("adapters") else 0)
+        at_09 = found.get("adaptive 0.9")
+        cells.append([
+            model, f"{way}, rank {own['adapters']}" if own.get("adapters") else way,
+            f"{trained / 1e6:.1f}", f"{own['last']:,}", f"{own['minutes']:.0f}",
+            f"{own['peak']:.1f}", "another" if way == "all weights" else "the start's",
+            plus_minus(points(at_09["difference"]), "+.1f") if at_09 else "",
+            f"{at_09['tokens_per_forward']:.2f}" if at_09 else "",
+            f"{found[wide]['tokens_per_forward']:.2f}",
+            f"{found[narrow]['tokens_per_forward']:.2f}" if narrow else "",
+            f"{faster:.2f}x" if faster else ""])
+    return markdown(
+        ["model", "trained", "millions of numbers", "steps", "minutes", "peak, GB",
+         "text at k = 1", "threshold 0.9: points against k = 1", "tokens per forward",
+         "lossless: tokens per forward", "narrow", "its speed-up at batch 1"], cells)
+
+
+def at_batch_1(run, strategy):
+    return strategies(f"{run}/batch1")[strategy]["speed_up"]
+
+
+def median_ratio(run, contender):
+    return statistics.median(ratio_to_k1(run, contender))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -585,11 +643,11 @@ def cascade_claims(run):
 FUNCTIONS = [
     unlogged, record, counted, strategies, evaluation, decoding_table, accuracy, against_start,
     rows_settings, start_texts, acceptance, at_a_glance, beside_the_paper, log, training, trainings,
-    agreement, agreement_table, cost_table, joined, overconfident, overconfident_from,
-    calibration_table, ablation_table, against, by_seed, comparisons, t_quantile, verdicts,
-    differences_table, clash_table, race, race_table, round_by_round, ratio_to_k1, widths,
-    widths_table, efficiency_table, first_ratio, peak, step_seconds, plan_table,
-    measured_table, cascade_runs, cascade_table, cascade_claims]
+    mean_loss, agreement, agreement_table, cost_table, ways_table, joined, overconfident,
+    overconfident_from, calibration_table, ablation_table, against, by_seed, comparisons,
+    t_quantile, verdicts, differences_table, clash_table, race, race_table, round_by_round,
+    ratio_to_k1, median_ratio, widths, widths_table, efficiency_table, first_ratio, peak,
+    step_seconds, plan_table, measured_table, cascade_runs, cascade_table, cascade_claims]
 FILTERS = [to, plus_minus, rate, giga, word, threads, points, columns, as_drafts, flag, speed]
 
 

@@ -112,7 +112,8 @@ def test_the_papers_numbers_stand_in_one_place():
 def test_what_the_words_say():
     """Claims without a number of their own: the same text, slower, the highest."""
     runs = ["tiny-k8", "tiny-k3", "tiny-heads4", "tiny-loop8", "tiny-adapters64",
-            "smollm2-answers-lr1e-4/eval", "smollm2-heads/eval"]
+            "tiny-adapters64-500", "tiny-adapters64-2000", "smollm2-answers-lr1e-4/eval",
+            "smollm2-heads/eval", "smollm2-adapters64/eval"]
     lossless = [own for run in runs for name, own in tables.strategies(run).items()
                 if name.startswith("lossless")]
     assert len(lossless) >= 12 and all(own["identical_text"] == 1 for own in lossless)
