@@ -263,7 +263,8 @@ def agreement(run, slot, first, last):
 
 def mean_loss(run, first, last):
     """In nats, over the steps first .. last."""
-    return statistics.fmean(row["loss"] for row in log(run)["train"] if first <= row["step"] <= last)
+    return statistics.fmean(row["loss"] for row in log(run)["train"]
+                            if first <= row["step"] <= last)
 
 
 def agreement_table():
