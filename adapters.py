@@ -1,7 +1,7 @@
 """
 Mask tokens on a model that stays untouched: low-rank adapters that act at mask tokens alone.
 
-    python train.py --k 8 --adapters 32 --out out-adapters
+    python train.py --k 8 --adapters 64 --lr 3e-3 --steps 2000 --cooldown 800 --out out-adapters
 
 Training all weights moves the text itself: k = 1 of the trained model is no longer the start model.
 Here every weight of the start model is frozen. What is trained are two thin matrices beside each

@@ -4,8 +4,8 @@ Teach a pretrained model to write several tokens per forward pass, by self-disti
     python train.py --k 3                               # the tiny model on word problems, a laptop
     python train.py --preset smollm2 --out out-gsm8k                # SmolLM2-135M on GSM8K, a CPU
     python train.py --preset paper --model Qwen/Qwen3-0.6B --out out-qwen               # one GPU
-    python train.py --adapters 64 --lr 3e-3 --out out-adapters      # mask tokens, a frozen model
     python train.py --heads 4 --out out-heads           # heads on the tiny model, which stays as is
+    python train.py --adapters 64 --lr 3e-3 --steps 2000 --cooldown 800     # mask tokens on it
 
 The method is mtp.py: the student writes k tokens at once, its frozen start checkpoint, the teacher,
 says what it would have written at each slot, and cross-entropy pulls the one to the other. This
