@@ -158,16 +158,15 @@ class FusedAdapted(nn.Module):
         self.fused, self.gate = Fused(*layers), layers[0].gate
         dtype = layers[0].weight.dtype
         A = torch.cat([layer.lora_A.detach() for layer in layers])                  # (n r, in)
-        B = torch.block_diag(*[layer.lora_B.detach() for layer in layers])          # (out, n r)
-        self.A, self.B = A.to(dtype), B.to(dtype)
+        self.A = A.to(dtype)
+        self.B = [layer.lora_B.detach().to(dtype) for layer in layers]              # (out, r) each
 
     def forward(self, x):
         y = self.fused(x)
         if len(self.gate.at[0]):
-            extra = F.linear(F.linear(x[self.gate.at], self.A), self.B)
-            parts = [y] if torch.is_tensor(y) else y
-            for part, own in zip(parts, extra.split([p.shape[-1] for p in parts], dim=-1)):
-                part[self.gate.at] += own
+            inner = F.linear(x[self.gate.at], self.A).chunk(len(self.B), dim=-1)    # (M, r) each
+            for part, own, B in zip([y] if torch.is_tensor(y) else y, inner, self.B):
+                part[self.gate.at] += F.linear(own, B)
         return y
 
 

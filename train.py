@@ -519,7 +519,7 @@ def note_for_masks(raw, tokenizer, args):
         "prompt_format": args.prompt_format, "data": args.data}
     if args.adapters:                   # a rank; in the folder adapters/ beside this
         raw["nanomtp"]["adapters"] = args.adapters
-    if not args.bidirectional:          # what vLLM and TensorRT-LLM call it, which draft causally
+    elif not args.bidirectional:        # what vLLM and TensorRT-LLM call it, which draft causally
         raw["pard_token"] = tokenizer.mask_id
 
 
