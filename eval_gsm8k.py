@@ -31,7 +31,7 @@ import torch
 from common import parallel
 from common.answers import Answer, check_prompts
 from common.cli import SWITCH, ArgumentParser, InputError
-from common.data import is_same_file, load_questions
+from common.data import WORD_PROBLEMS, is_same_file, load_questions
 from common.files import read_json, read_note, write_json, write_text
 from common.hub import default_model, resolve
 from common.machine import machine, pick_device, pick_dtype
@@ -252,7 +252,8 @@ def get_args():
     parser = ArgumentParser(prog="eval_gsm8k.py", description=__doc__)
     add = parser.add_argument_group("what to ask").add_argument
     add("--data", help="gsm8k (hub, test split), wordproblems (unseen ones) or a JSONL file "
-        "(gsm8k; wordproblems for what was trained on them)")
+        "(gsm8k; wordproblems for what was trained on them). To choose a threshold by: "
+        "wordproblems-validation")
     add("--limit", type=int, help="only the first N questions (all; 200 word problems)")
     add("--shots", type=int, default=0, help="worked examples before each question (%(default)s)")
     cli.add_prompt_format_flag(add, *QA_FORMATS)
@@ -310,7 +311,7 @@ def main():
     name = args.model or default_model()
     trained = read_note(read_json(resolve(name) / "config.json"))
     if args.data is None:
-        on_problems = trained.get("data") == "wordproblems" or resolve(name) == resolve("tiny")
+        on_problems = trained.get("data") in WORD_PROBLEMS or resolve(name) == resolve("tiny")
         args.data = "wordproblems" if on_problems else "gsm8k"
     if is_same_file(args.data, trained.get("data")):
         cli.say(f"note: {name} was trained on this very file, all but a few held-out rows: what "

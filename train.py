@@ -40,7 +40,7 @@ from common import parallel
 from common.checkpoint import (
     Checkpoints, Log, find_run, hash_of_rows, load_trainer, restore)
 from common.cli import SWITCH, ArgumentParser, InputError
-from common.data import draw_rows, encode_rows, load_data
+from common.data import WORD_PROBLEMS, draw_rows, encode_rows, load_data
 from common.files import read_json
 from common.hub import DEFAULT_MODEL, knows_word_problems_alone, resolve
 from common.machine import (
@@ -603,7 +603,7 @@ def main():
         train = [train[i] for i in range(min(args.limit, len(train)))]
     cli.say(f"{args.data}: {len(train):,} rows to train on, {len(held_out)} questions held out")
     check_lengths(train, tokenizer, start, args)
-    if args.data != "wordproblems" and knows_word_problems_alone(tokenizer):
+    if args.data not in WORD_PROBLEMS and knows_word_problems_alone(tokenizer):
         cli.say(f"note: {args.model} knows word problems alone, and self-distillation teaches it "
                 "no more: for rows of your own take --model smollm2-135m, or your checkpoint")
     inputs = {"data": hash_of_rows(train)}                  # beside the flags; the same on --resume

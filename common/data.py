@@ -26,7 +26,7 @@ from pathlib import Path
 
 from common.cli import ArgumentParser, InputError, at_least, run, say
 from common.hub import offline_where_out_of_reach
-from common.wordproblems import WordProblems
+from common.wordproblems import FAMILIAR, STRUCTURES, UNFAMILIAR, WordProblems
 
 FIELDS = (("question", "answer"), ("prompt", "response"), ("query", "response"))
 JSON_LINES = (".jsonl", ".json")
@@ -102,11 +102,21 @@ def read_hub(repository, *config, split="train"):
     return [clean_row(row, f"{repository} row {i}") for i, row in enumerate(rows)]
 
 
-def word_problems(seed, split, count):
-    """The first `count` word problems of a split, a list. InputError for more than can be meant."""
+# --data: the kinds of word problems, and the split that is asked. Validation is for whoever still
+# has something to choose, such as a threshold
+WORD_PROBLEMS = {
+    "wordproblems": (STRUCTURES, "test"),
+    "wordproblems-validation": (STRUCTURES, "validation"),
+    "wordproblems-familiar": (FAMILIAR, "test"),
+    "wordproblems-unfamiliar": (UNFAMILIAR, "test"),
+}
+TO_TRAIN_ON = ("wordproblems", "wordproblems-familiar")
+
+
+def word_problems(problems, count):
+    """The first `count` of WordProblems, a list. InputError for more than can be meant."""
     if count > 10 ** 5:
         raise InputError(f"{count} word problems are too many: at most {10 ** 5}")
-    problems = WordProblems(seed, split)
     return [problems[i] for i in range(count)]
 
 
@@ -138,8 +148,12 @@ def load_data(name, held_out, seed):
 
     Raises InputError for an unknown name, a malformed row, or a hub that cannot be reached.
     """
-    if name == "wordproblems":
-        return WordProblems(seed), word_problems(seed, "validation", held_out)
+    if name in TO_TRAIN_ON:
+        kinds, _ = WORD_PROBLEMS[name]
+        held_back = WordProblems(seed, "validation", kinds)
+        return WordProblems(seed, "train", kinds), word_problems(held_back, held_out)
+    if name in WORD_PROBLEMS:
+        raise InputError(f"{name} is there to ask: train on {' or '.join(TO_TRAIN_ON)}")
     if name == "gsm8k":
         rows = read_hub("openai/gsm8k", "main")
     elif name == "metamath":
@@ -158,12 +172,14 @@ def load_data(name, held_out, seed):
 def load_questions(name, limit, shots, seed):
     """(questions, worked examples) for --data, two lists of rows. Examples come from elsewhere.
 
-    wordproblems: its test split, examples from its training split. gsm8k: the hub's test and train
-    splits. A JSONL file has no second split: `shots` of its rows, drawn by `seed`, are the examples
-    and are not asked.
+    wordproblems: its test split (-validation: that), examples from its training split. gsm8k: the
+    hub's test and train splits. A JSONL file has no second split: `shots` of its rows, drawn by
+    `seed`, are the examples and are not asked.
     """
-    if name == "wordproblems":
-        return word_problems(seed, "test", limit or 200), word_problems(seed, "train", shots)
+    if name in WORD_PROBLEMS:
+        kinds, split = WORD_PROBLEMS[name]
+        return (word_problems(WordProblems(seed, split, kinds), limit or 200),
+                word_problems(WordProblems(seed, "train", kinds), shots))
     if name == "gsm8k":
         rows, examples = read_hub("openai/gsm8k", "main", split="test"), []
         if shots:

@@ -16,6 +16,9 @@ A draw with a number that is not whole or below 1 is thrown away. Arithmetic is 
 model of two million parameters can learn: sums and differences mostly below 200, products from the
 table up to 12 * 12 or doubled numbers.
 
+The test split asks new numbers of known kinds. Of *kinds* that training has not seen, every sixth
+structure is UNFAMILIAR: train on the others (--data wordproblems-familiar), then ask these.
+
 Do not touch a structure's question or the names of its numbers, not even a comma: a hash of them
 decides which split a problem belongs to, and trained models would be tested on what they have seen.
 """
@@ -278,6 +281,10 @@ STRUCTURES = (
 )
 
 
+UNFAMILIAR = STRUCTURES[3::6]           # one to four steps are among them
+FAMILIAR = tuple(one for one in STRUCTURES if one not in UNFAMILIAR)
+
+
 # --------------------------------------------------------------------------------------------------
 # Numbers
 
@@ -359,7 +366,8 @@ def word_problem(structure, rng, split=None):
 class WordProblems:
     """Row i of an endless table, the same for the same seed on every machine.
 
-    split   "train", "validation" or "test"; see `split_of`
+    split        "train", "validation" or "test"; see `split_of`
+    structures   the kinds of problems
 
     >>> WordProblems(0, "validation")[0]["question"]
     'Hugo has $40 and buys 3 tickets for $4 each. How many dollars does Hugo have left?'
@@ -369,13 +377,13 @@ class WordProblems:
     #### 28
     """
 
-    def __init__(self, seed, split="train"):
+    def __init__(self, seed, split="train", structures=STRUCTURES):
         assert split in ("train", "validation", "test"), split
-        self.seed, self.split = seed, split
+        self.seed, self.split, self.structures = seed, split, structures
 
     def __len__(self):
         return 1_000_000            # what counts as an epoch; rows are made when asked for
 
     def __getitem__(self, i):
         rng = random.Random(f"{self.split}/{self.seed}/{i}")
-        return word_problem(rng.choice(STRUCTURES), rng, self.split)
+        return word_problem(rng.choice(self.structures), rng, self.split)

@@ -38,7 +38,7 @@ import torch
 from common import cli, paper
 from common.answers import check_prompts
 from common.cli import SWITCH, ArgumentParser, InputError
-from common.data import load_data, load_questions, read_questions
+from common.data import WORD_PROBLEMS, load_data, load_questions, read_questions
 from common.files import read_json, write_json, write_text
 from common.hub import DEFAULT_MODEL
 from common.machine import machine, pick_device
@@ -354,7 +354,7 @@ def unseen_questions(args):
         if Path(args.questions).resolve() == Path(args.data).resolve():
             raise InputError(f"--questions {args.questions} is what is trained on: give other ones")
         questions = read_questions([], args.questions, 0)[:args.limit]
-    elif args.data in ("wordproblems", "gsm8k"):
+    elif args.data in (*WORD_PROBLEMS, "gsm8k"):
         questions = [row["question"] for row in load_questions(args.data, args.limit, 0, 0)[0]]
     else:
         raise InputError(f"--data {args.data} has no unseen questions: add --questions FILE")

@@ -17,8 +17,8 @@ from common.cli import InputError
 from common.data import (
     is_same_file, load_data, load_questions, read_jsonl, read_questions, split_rows)
 from common.wordproblems import (
-    BOXES, NAMES, PLACES, STRUCTURES, THINGS, WordProblems, calculate, draw_numbers, split_of,
-    word_problem)
+    BOXES, FAMILIAR, NAMES, PLACES, STRUCTURES, THINGS, UNFAMILIAR, WordProblems, calculate,
+    draw_numbers, split_of, word_problem)
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 
@@ -115,6 +115,40 @@ def test_no_numbers_are_in_two_splits():
         assert len(kinds[split]) > 800
     assert not kinds["train"] & kinds["validation"] and not kinds["train"] & kinds["test"]
     assert not kinds["validation"] & kinds["test"]
+
+
+def test_unfamiliar_kinds():
+    """What is trained on and what is asked have no kind in common, and together they are all."""
+    assert len(UNFAMILIAR) >= 8 and not set(FAMILIAR) & set(UNFAMILIAR)
+    assert set(FAMILIAR) | set(UNFAMILIAR) == set(STRUCTURES)
+    assert {len(steps) for _, _, *steps in UNFAMILIAR} == {1, 2, 3, 4}
+    train, held_out = load_data("wordproblems-familiar", held_out=300, seed=0)
+    trained = {kind_of(train[i]) for i in range(3000)} | {kind_of(row) for row in held_out}
+    asked = {kind_of(row) for row in load_questions("wordproblems-unfamiliar", 400, 0, 0)[0]}
+    assert asked == {one[0] for one in UNFAMILIAR} and trained == {one[0] for one in FAMILIAR}
+    familiar, _ = load_questions("wordproblems-familiar", 300, 0, seed=0)
+    assert {kind_of(row) for row in familiar} <= {one[0] for one in FAMILIAR}
+    assert familiar == [WordProblems(0, "test", FAMILIAR)[i] for i in range(300)]
+
+
+def kind_of(row):
+    """The question of the structure that a problem was made from, found by its words."""
+    def pattern(question):
+        parts = re.split(r"(\{\w+\}|\[.*?\])", question)          # names and choices, text between
+        parts = [f"(?:{part[1:-1]})" if part.startswith("[") else
+                 part if part.startswith("{") else re.escape(part) for part in parts]
+        return re.sub(r"\{\w+\}", r"(?:\\w+|the \\w+)", "".join(parts))
+
+    (found,) = [one[0] for one in STRUCTURES if re.fullmatch(pattern(one[0]), row["question"])]
+    return found
+
+
+def test_validation_is_there_to_ask():
+    questions, _ = load_questions("wordproblems-validation", 5, 0, seed=3)
+    assert questions == [WordProblems(3, "validation")[i] for i in range(5)]
+    for name in ("wordproblems-validation", "wordproblems-unfamiliar"):
+        with pytest.raises(InputError, match=f"{name} is there to ask: train on wordproblems or "):
+            load_data(name, held_out=1, seed=0)
 
 
 def test_load_word_problems():
