@@ -2,19 +2,24 @@
 Why ground truth as labels fails: one question, two equally good answers, and two ways to learn
 several tokens at once.
 
-    python -m studies.clash             # three short trainings of the tiny model, a few minutes
+    python -m studies.clash             # nine short trainings of the tiny model, a quarter hour
 
     Ava has 7 apples and 5 books.       "7 apples and 5 books"  or
     What does Ava have?                 "5 books and 7 apples"
 
 The tiny model first learns to answer so, each order half the time (k = 1, ordinary training). From
 there it learns to write several tokens per pass, once with the text itself as labels and once from
-its teacher. Slot 1 may say 7 or 5, slot 2 may say apples or books. Labels taken from the text teach
-each slot what is likely there *by itself*, and nothing says that 7 goes with apples. The teacher
-reads what slot 1 has written, so it knows.
+its teacher; all of it once for each seed. Slot 1 may say 7 or 5, slot 2 may say apples or books.
+Labels taken from the text teach each slot what is likely there *by itself*, and nothing says that 7
+goes with apples. The teacher reads what slot 1 has written, so it knows.
 
-Counted over unseen questions: how many first chunks of an answer, all slots greedy, belong
-together. OUT/clash.md has the table, OUT/clash.json what was counted.
+Counted over unseen questions, the first chunk of each answer, all slots greedy:
+
+    together    it begins one of the two answers
+    clash       it does not, but each of its tokens stands there in one or the other: "7 books"
+    foreign     a token that stands there in neither: "7 stamps"
+
+OUT/clash.md has the table, OUT/clash.json every chunk.
 """
 import json
 import random
@@ -31,6 +36,7 @@ from studies import keep_settings, run_script
 from studies.viewer import passes_of
 
 TARGETS = {"ground truth as labels": "ground-truth", "the teacher": "hard"}
+KINDS = ("together", "clash", "foreign")
 BATCH = 32                      # rows of a training step
 
 
@@ -48,36 +54,80 @@ def rows_of(seed, count):
     return rows
 
 
+def kind_of(chunk, answers):
+    """"together", "clash" or "foreign": see above.
+
+    chunk, answers   a list of token ids, and both answers as such lists
+    """
+    if any(answer[:len(chunk)] == chunk for answer in answers):
+        return "together"
+    stands = all(token in tokens for token, *tokens in zip(chunk, *answers))
+    return "clash" if stands and all(len(answer) >= len(chunk) for answer in answers) else "foreign"
+
+
 def measure(folder, rows, k, device, dtype):
-    """A dict of: the share of first chunks that begin one of the two answers, the first few chunks,
-    what each slot of the first row held likely, and a question with a chunk that fits neither."""
+    """A dict of: how many first chunks are of which kind, every one of them, and what each slot of
+    the first row held likely."""
     model, tokenizer, trained, _ = load(folder, device, dtype)
     prompts = [tokenizer.prompt(row["question"], trained["prompt_format"]) for row in rows]
     results = generate(model, tokenizer, prompts, k, max_new_tokens=k)
-    chunks = [tokenizer.decode(result.tokens) for result in results]
-    good = [row["answer"].startswith(chunk) or row["other"].startswith(chunk)
-            for row, chunk in zip(rows, chunks)]
-    wrong = None if all(good) else good.index(False)
+    kinds = [kind_of(result.tokens, [tokenizer.response(row[key]) for key in ("answer", "other")])
+             for row, result in zip(rows, results)]
+    chunks = [{"chunk": tokenizer.decode(result.tokens), "kind": kind}
+              for result, kind in zip(results, kinds)]
 
     (first_pass,) = passes_of(model, prompts[0], results[0], k, tokenizer.mask_id, top=3)
     slots = [[(tokenizer.decode([token]), p) for token, p in slot] for slot in first_pass]
-    return {"belong_together": sum(good) / len(good), "chunks": chunks[:8], "slots": slots,
-            "a_wrong_one": None if wrong is None else [rows[wrong]["question"], chunks[wrong]]}
+    return {kind: kinds.count(kind) for kind in KINDS} | {"slots": slots, "chunks": chunks}
+
+
+def trainings(seed, args, out):
+    """The start and from there both ways, each with its own bar, in folders of `out`. Returns the
+    unseen rows and {labels: folder}."""
+    # as many rows as are read: what comes round again is learned by heart, the coin with it
+    rows = rows_of(seed, BATCH * args.steps + args.limit + 100)
+    rows = list({row["question"]: row for row in rows}.values())
+    unseen, seen = rows[:args.limit], rows[args.limit:]
+    write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in seen))
+
+    def train(name, *flags):
+        print(f"\n=== seed {seed}, {name}", flush=True)
+        run_script(
+            "train.py", "--data", out / "rows.jsonl", "--prompt-format", "plain",
+            "--out", out / name, "--resume", "--seed", seed, "--steps", args.steps,
+            "--stride", 1, "--batch-size", BATCH, "--eval-every", 0, "--eval-prompts", 1,
+            "--device", args.device, "--dtype", args.dtype, *flags, what=name)
+        return out / name
+
+    start = train("start", "--model", args.model, "--k", 1, "--targets", "ground-truth")
+    return unseen, {
+        labels: train(targets, "--model", start, "--k", args.k, "--fixed-k", "--targets", targets)
+        for labels, targets in TARGETS.items()}
+
+
+def markdown(seeds):
+    """The table: what every seed counted, "3, 5, 4"."""
+    lines = [f"| labels | {' | '.join(KINDS)} |", "|" + "---|" * (1 + len(KINDS))]
+    for labels in TARGETS:
+        counts = [", ".join(str(own["objectives"][labels][kind]) for own in seeds)
+                  for kind in KINDS]
+        lines.append(f"| {labels} | {' | '.join(counts)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main():
     parser = ArgumentParser(prog="-m studies.clash", description=__doc__)
     add = parser.add_argument
     add("--k", type=int, default=2, help="tokens per pass, fixed (%(default)s)")
-    add("--steps", type=int, default=200, help="of each training (%(default)s)")
-    add("--limit", type=int, default=200, help="unseen questions (%(default)s)")
-    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--steps", type=int, default=300, help="of each training (%(default)s)")
+    add("--limit", type=int, default=200, help="unseen questions, for each seed (%(default)s)")
+    add("--seeds", type=int, default=3, help="how many, from 0 on (%(default)s)")
     add("--model", default=DEFAULT_MODEL, help="start checkpoint (%(default)s)")
     add("--out", default="out-clash", help="folder for runs and results (%(default)s)")
     add("--resume", action=SWITCH, default=False, help="go on with what is in --out")
     cli.add_machine_flags(add)
     args = parser.parse_args()
-    cli.at_least(args, k=2, steps=1, limit=1)
+    cli.at_least(args, k=2, steps=1, limit=1, seeds=1)
     device = pick_device(args.device)
     if load_heads(resolve(args.model)):                     # before anything is written
         raise InputError(f"{args.model} drafts with heads: this study trains mask tokens, so start "
@@ -85,41 +135,18 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     cli.spare(args.out, args.resume)
     out = cli.output_folder(args.out)
-    settings = {name: getattr(args, name) for name in ("k", "steps", "limit", "seed", "model")}
-    keep_settings(out, settings)
+    keep_settings(out, {name: getattr(args, name) for name in ("k", "steps", "limit", "model")})
 
-    # --- as many rows as are read: what comes round again is learned by heart, the coin with it
-    rows = rows_of(args.seed, BATCH * args.steps + args.limit + 100)
-    rows = list({row["question"]: row for row in rows}.values())
-    unseen, seen = rows[:args.limit], rows[args.limit:]
-    write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in seen))
+    seeds = []
+    for seed in range(args.seeds):
+        unseen, folders = trainings(seed, args, cli.output_folder(out / f"seed-{seed}"))
+        seeds.append({"seed": seed, "first_question": unseen[0], "objectives": {
+            labels: measure(folder, unseen, args.k, device, dtype)
+            for labels, folder in folders.items()}})
 
-    # --- three trainings, each with its own bar: the start, and from there both ways
-    def train(name, *flags):
-        print(f"\n=== {name}", flush=True)
-        run_script(
-            "train.py", "--data", out / "rows.jsonl", "--prompt-format", "plain",
-            "--out", out / name, "--resume", "--seed", args.seed, "--steps", args.steps,
-            "--stride", 1, "--batch-size", BATCH, "--eval-every", 0, "--eval-prompts", 1,
-            "--device", args.device, "--dtype", args.dtype, *flags, what=name)
-        return out / name
-
-    start = train("start", "--model", args.model, "--k", 1, "--targets", "ground-truth")
-    objectives = {}
-    for name, targets in TARGETS.items():
-        folder = train(targets, "--model", start, "--k", args.k, "--fixed-k", "--targets", targets)
-        objectives[name] = measure(folder, unseen, args.k, device, dtype)
-
-    # --- the table: the first question, and the count over all
-    lines = [f"> {unseen[0]['question']}\n",
-             "| labels | slot 1 | slot 2 | chunks that belong together |", "|---|---|---|---|"]
-    for name, own in objectives.items():
-        slots = [", ".join(f"{text.strip()} {p:.2f}" for text, p in slot[:2])
-                 for slot in own["slots"]]
-        share = f"{own['belong_together']:.0%} of {len(unseen)}"
-        lines.append(f"| {name} | {slots[0]} | {slots[1]} | {share} |")
-    text = "\n".join(lines) + "\n"
-    write_json(out / "clash.json", {**vars(args), **machine(device), "objectives": objectives})
+    text = (f"{args.k} tokens a chunk; of {args.limit} unseen questions for each of {args.seeds} "
+            f"seeds\n\n{markdown(seeds)}")
+    write_json(out / "clash.json", {**vars(args), **machine(device), "each_seed": seeds})
     write_text(out / "clash.md", text)
     print("\n" + text)
 

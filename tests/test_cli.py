@@ -68,7 +68,7 @@ FLAGS = {
     "-m studies.cascade":
         "only model data prompt-format heads steps seeds questions limit max-new-tokens batch-size "
         "out resume no-resume " + MACHINE,
-    "-m studies.clash": "k steps limit seed model out resume no-resume " + MACHINE,
+    "-m studies.clash": "k steps limit seeds model out resume no-resume " + MACHINE,
     "-m studies.confidence":
         "data limit threshold max-new-tokens batch-size seed model teacher out " + MACHINE,
     "-m studies.efficiency":

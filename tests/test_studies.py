@@ -367,21 +367,41 @@ def test_clash_rows():
     assert 160 < first < 240
 
 
+def test_what_a_clash_is():
+    """7 apples and 5 books, or the other way round; "books" is of two tokens."""
+    answers = [[7, 20, 1, 5, 30, 31], [5, 30, 31, 1, 7, 20]]
+    assert clash.kind_of([7, 20], answers) == clash.kind_of([5, 30], answers) == "together"
+    assert clash.kind_of([5, 30, 31, 1], answers) == "together"
+    assert clash.kind_of([7, 30], answers) == clash.kind_of([5, 20], answers) == "clash"
+    assert clash.kind_of([7, 30, 31], answers) == "clash"
+    assert clash.kind_of([7, 40], answers) == clash.kind_of([8, 30], answers) == "foreign"
+    assert clash.kind_of([7, 31], answers) == "foreign"         # it stands elsewhere
+
+
 def test_clash_end_to_end(tmp_path, here):
     """One step of each training; what is counted is what the slots say."""
     out = tmp_path / "out"
-    works(clash, "--steps", 1, "--limit", 6, "--out", out)
+    works(clash, "--steps", 1, "--limit", 6, "--seeds", 2, "--out", out)
     record = read_json(out / "clash.json")
-    assert list(record["objectives"]) == list(clash.TARGETS)
-    rows = clash.rows_of(0, 6)
-    for own in record["objectives"].values():
-        good = [row["answer"].startswith(chunk) or row["other"].startswith(chunk)
-                for row, chunk in zip(rows, own["chunks"])]
-        assert own["belong_together"] == pytest.approx(sum(good) / 6)
-        assert own["chunks"][0] == "".join(slot[0][0] for slot in own["slots"])
-        for (_, best), (_, second), _ in own["slots"]:
-            assert 1 >= best >= second
-    assert read_json(out / "hard" / "latest" / "config.json")["nanomtp"]["k_max"] == 2
+    assert [own["seed"] for own in record["each_seed"]] == [0, 1]
+    for seed, whole in enumerate(record["each_seed"]):
+        rows = clash.rows_of(seed, 6)
+        assert whole["first_question"] == rows[0] and list(whole["objectives"]) == list(
+            clash.TARGETS)
+        for own in whole["objectives"].values():
+            kinds = [chunk["kind"] for chunk in own["chunks"]]
+            assert {kind: own[kind] for kind in clash.KINDS} == {
+                kind: kinds.count(kind) for kind in clash.KINDS}
+            begins = [row["answer"].startswith(chunk["chunk"])
+                      or row["other"].startswith(chunk["chunk"])
+                      for row, chunk in zip(rows, own["chunks"])]
+            assert [kind == "together" for kind in kinds] == begins and len(begins) == 6
+            assert own["chunks"][0]["chunk"] == "".join(slot[0][0] for slot in own["slots"])
+            for (_, best), (_, second), _ in own["slots"]:
+                assert 1 >= best >= second
+    trained = out / "seed-1" / "hard" / "latest"
+    assert read_json(trained / "config.json")["nanomtp"]["k_max"] == 2
+    assert "| the teacher |" in (out / "clash.md").read_text()
     assert_refused(cli(clash, "--out", out), "add --resume")
     assert_refused(cli(clash, "--out", out, "--resume", "--limit", 7), "same settings")
 
