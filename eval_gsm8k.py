@@ -10,7 +10,9 @@ flexible-extract on all 1319 test questions of GSM8K.
 
 Always among the strategies is k = 1 of the same checkpoint, which all others are compared with,
 question by question; with --baseline also k = 1 of the start checkpoint. Strategies take turns
-within each batch of questions, so that a slow minute of the machine hits all of them alike.
+within each batch of questions, and who begins changes, so that a slow minute of the machine hits
+all of them alike. Speed-up is a ratio of seconds for the same questions: in each of five rounds
+(fifths of the batches) k = 1's over one's own, of which the table has the median and the range.
 
 Every answer becomes a row of OUT/rows.jsonl as soon as its batch is done, so a killed run goes on
 with --resume. At the end: OUT/table.md, OUT/table.json and OUT/pareto.png.
@@ -49,6 +51,7 @@ from speculate import decode
 
 PLAIN = Strategy(k=1)                       # what everything is compared with
 START = "start, k = 1"                      # the row of --baseline
+ROUNDS = 5                                  # parts of the batches, in each of which speed is compared
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,6 +130,16 @@ def as_answer(row):
     return Answer(tokens=range(row["tokens"]), **{key: row[key] for key in keys})
 
 
+def seconds_by_round(batches):
+    """Seconds of each of ROUNDS parts of the batches (of every batch, where there are fewer).
+
+    batches   lists of Answers that were decoded together, in the order in which they were
+    """
+    seconds = [max(answer.seconds for answer in batch) for batch in batches]
+    n, rounds = len(batches), min(ROUNDS, len(batches))
+    return [sum(seconds[part * n // rounds:(part + 1) * n // rounds]) for part in range(rounds)]
+
+
 def summarise(rows):
     """{strategy: list of rows} -> one dict per strategy, in order, compared with k = 1's rows.
 
@@ -136,7 +149,7 @@ def summarise(rows):
     rows = {name: [compact(row, plain) for row, plain in zip(own, rows[PLAIN.name])]
             for name, own in rows.items()}
     table, plain = [], rows[PLAIN.name]
-    plain_hits = [row["correct"] for row in plain]
+    plain_hits, rounds = [row["correct"] for row in plain], {}
     for name, own in rows.items():
         answers = [as_answer(row) for row in own]
         batches = {}
@@ -145,6 +158,7 @@ def summarise(rows):
         hits, tokens = [row["correct"] for row in own], sum(row["tokens"] for row in own)
         rates = [answer.tokens_per_forward for answer in answers]
         whole, decoding = speeds(list(batches.values()))
+        rounds[name] = seconds_by_round([batches[first] for first in sorted(batches)])
         entry = {
             "strategy": name,
             "questions": len(own),
@@ -157,7 +171,7 @@ def summarise(rows):
             "tokens_per_forward_std": statistics.stdev(rates) if len(own) > 1 else float("nan"),
             "tokens_per_second": whole,
             "tokens_per_second_decoding": decoding,
-            "seconds": sum(max(a.seconds for a in batch) for batch in batches.values()),
+            "seconds": sum(rounds[name]),
             "cut_off": statistics.fmean(row["finish"] == "length" for row in own),
         }
         if name != START:
@@ -171,18 +185,20 @@ def summarise(rows):
         if own[0]["start_loss"] is not None:
             entry["start_loss"] = sum(row["start_loss"] for row in own) / tokens
         table.append(entry)
-    reference = next(entry["seconds"] for entry in table if entry["strategy"] == PLAIN.name)
     for entry in table:
-        entry["speed_up"] = reference / entry["seconds"]
+        entry["speed_ups"] = [theirs / own for theirs, own in zip(
+            rounds[PLAIN.name], rounds[entry["strategy"]])]
+        entry["speed_up"] = statistics.median(entry["speed_ups"])
     return table
 
 
 LEGEND = """\
 accuracy: percent +- standard error; vs k = 1: paired difference +- 95% interval; tokens per
-forward: mean +- standard deviation over questions; tokens/s: of what is written, in brackets
-without the prompt's pass; speed-up: seconds of k = 1 / own seconds, all answers to their end;
-cut off: answers that reached --max-new-tokens; same text: as k = 1's; before first difference:
-share of k = 1's tokens; loss under start: of the text, nats per token, where --baseline names it.
+forward: mean +- standard deviation over questions, in brackets pooled (all tokens / all passes);
+tokens/s: of what is written, in brackets without the prompt's pass; speed-up: seconds of k = 1 /
+own seconds for the same questions, all answers to their end, median (range) of five rounds; cut
+off: answers that reached --max-new-tokens; same text: as k = 1's; before first difference: share of
+k = 1's tokens; loss under start: of the text, nats per token, where --baseline names it.
 """
 
 
@@ -197,8 +213,8 @@ def length_notes(table):
 
 def markdown(table):
     """The table for people, as LEGEND has it."""
-    lines = ["| decoding | accuracy | vs k = 1 | tokens per forward "
-             "| new tokens/s (after the prompt) | speed-up | cut off | same text "
+    lines = ["| decoding | accuracy | vs k = 1 | tokens per forward (pooled) "
+             "| new tokens/s (after the prompt) | speed-up (rounds) | cut off | same text "
              "| before first difference | loss under start |",
              "|" + "---|" * 10]
     for e in table:
@@ -212,9 +228,11 @@ def markdown(table):
             e["strategy"],
             f"{100 * e['accuracy']:.1f} +- {100 * e['stderr']:.1f}",
             difference,
-            f"{e['tokens_per_forward']:.2f} +- {e['tokens_per_forward_std']:.2f}",
+            "{:.2f} +- {:.2f} ({:.2f})".format(
+                e["tokens_per_forward"], e["tokens_per_forward_std"],
+                e["tokens_per_forward_pooled"]),
             f"{e['tokens_per_second']:.1f} ({e['tokens_per_second_decoding']:.1f})",
-            f"{e['speed_up']:.2f}x",
+            f"{e['speed_up']:.2f}x ({min(e['speed_ups']):.2f} to {max(e['speed_ups']):.2f})",
             f"{e['cut_off']:.0%}",
             identical,
             shared,
@@ -363,14 +381,16 @@ def main():
         decode(contender.model, tokenizer, prompts[:1], contender.strategy, contender.heads,
                max_new_tokens=16)
 
-    # --- ask: all strategies about one batch, then about the next; every N-th batch is one rank's
+    # --- ask: all strategies about one batch, then about the next, beginning with another one;
+    # --- every N-th batch is one rank's
     firsts = range(0, len(prompts), args.batch_size)
     mine = sum(len(prompts[first:first + args.batch_size]) for first in firsts[rank::world])
     total, hits = mine * len(contenders), []
     with file, Progress(total=total, unit="answer", disable=rank > 0) as bar:
         for number, first in enumerate(firsts[rank::world], 1):
             batch, is_done = slice(first, first + args.batch_size), True
-            for contender in contenders:
+            begins = first // args.batch_size % len(contenders)
+            for contender in contenders[begins:] + contenders[:begins]:
                 rows = done.get((contender.name, first))
                 if rows is None:
                     is_done = False
