@@ -33,7 +33,7 @@ import torch
 from common import parallel
 from common.answers import Answer, check_prompts
 from common.cli import SWITCH, ArgumentParser, InputError
-from common.data import WORD_PROBLEMS, is_same_file, load_questions
+from common.data import default_questions, is_same_file, load_questions
 from common.files import read_json, read_note, write_json, write_text
 from common.hub import default_model, resolve
 from common.machine import machine, pick_device, pick_dtype
@@ -51,7 +51,7 @@ from speculate import decode
 
 PLAIN = Strategy(k=1)                       # what everything is compared with
 START = "start, k = 1"                      # the row of --baseline
-ROUNDS = 5                                  # parts of the batches, in each of which speed is compared
+ROUNDS = 5                                  # parts of the batches, for the ratios of seconds
 
 
 # --------------------------------------------------------------------------------------------------
@@ -328,9 +328,7 @@ def main():
     # --- the questions
     name = args.model or default_model()
     trained = read_note(read_json(resolve(name) / "config.json"))
-    if args.data is None:
-        on_problems = trained.get("data") in WORD_PROBLEMS or resolve(name) == resolve("tiny")
-        args.data = "wordproblems" if on_problems else "gsm8k"
+    args.data = args.data or default_questions(name, trained)
     if is_same_file(args.data, trained.get("data")):
         cli.say(f"note: {name} was trained on this very file, all but a few held-out rows: what "
                 "follows says little about questions that it has not seen")

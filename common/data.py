@@ -25,7 +25,7 @@ import re
 from pathlib import Path
 
 from common.cli import ArgumentParser, InputError, at_least, run, say
-from common.hub import offline_where_out_of_reach
+from common.hub import offline_where_out_of_reach, resolve
 from common.wordproblems import FAMILIAR, STRUCTURES, UNFAMILIAR, WordProblems
 
 FIELDS = (("question", "answer"), ("prompt", "response"), ("query", "response"))
@@ -168,6 +168,16 @@ def load_data(name, held_out, seed):
 
 # --------------------------------------------------------------------------------------------------
 # Questions to ask: test splits, or what a user typed
+
+def default_questions(model, trained):
+    """--data for a checkpoint where none is given: word problems for what was trained on them.
+
+    model     as --model has it
+    trained   what training noted in the checkpoint's config.json
+    """
+    on_problems = trained.get("data") in WORD_PROBLEMS or resolve(model) == resolve("tiny")
+    return "wordproblems" if on_problems else "gsm8k"
+
 
 def load_questions(name, limit, shots, seed):
     """(questions, worked examples) for --data, two lists of rows. Examples come from elsewhere.

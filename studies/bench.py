@@ -1,18 +1,17 @@
 """
-Decoding speed: ours, beside transformers', with the same weights, prompts, threads and machine.
+Decoding speed: ours, beside transformers', with the same weights, questions, threads and machine.
 
-    python -m studies.bench                         # out/latest or tiny-mtp: under two minutes
-    python -m studies.bench --model smollm2-135m --batch-size 1 --out results/bench-smollm2
-    python -m studies.bench --model out-gsm8k --prompt-tokens 1024
+    python -m studies.bench                         # out/latest or tiny-mtp: some minutes
+    python -m studies.bench --model smollm2-135m --data gsm8k --batch-size 1 --limit 10
     python -m studies.bench --model out-heads --data questions.jsonl --rounds 20
 
 Every contender lives in a process of its own and loads its own copy of the weights. They take
-turns, one round each (a machine whose speed drifts favours none), after rounds that do not count;
-ratios are taken round by round. All rounds have the same prompts, solved word problems, or with
---data each its own: questions in the checkpoint's format (in a batch: of one length). Timed is
-decoding only, from the end of the pass that reads the prompt. Stop tokens are ignored, so all write
-the same number of tokens; the texts are compared. Of a checkpoint with heads, k = 1 is its start
-model itself, and drafts of 1, 2, ... heads are verified.
+turns, one round each, and another one begins each round (a machine whose speed drifts favours
+none), after rounds that do not count. A round is a few questions that eval_gsm8k.py would ask, too,
+the next round a few others; in a round all prompts have one length, since transformers would pad.
+Timed is what that times: the whole answer, from the prompt to its own end. Ratios are taken round
+by round: seconds of k = 1, or of transformers, over one's own for the same questions. Of a
+checkpoint with heads, k = 1 is its start model itself, and drafts of 1, 2, ... heads are verified.
 
 Then, for one row: milliseconds per pass by the number of fed tokens, and how near a pass of one
 token comes to the time that it takes merely to read weights and cache from memory at the bandwidth
@@ -32,11 +31,11 @@ from tqdm import tqdm
 from adapters import start_of
 from common import cli
 from common.cli import ArgumentParser, InputError
-from common.data import load_questions
+from common.data import default_questions, load_questions
 from common.files import write_json, write_text
 from common.hub import default_model, resolve
 from common.machine import dtype_name, machine, peak_memory, pick_device, pick_dtype
-from common.wordproblems import WordProblems
+from common.tokenizer import Tokenizer
 from model import KVCache
 from sample import Strategy, load
 from speculate import decode
@@ -45,56 +44,71 @@ from studies import needs
 BASELINE, LOOKUP = "transformers, greedy", "transformers, prompt lookup"
 PLAIN = "ours, k = 1"
 MEBIBYTE = 2 ** 20
+REPEATS = 20                                    # of a pass by itself
 
 
 # --------------------------------------------------------------------------------------------------
-# Contenders. Each decodes `prompts`, `count` new tokens for each, and returns (tokens of each row,
-# decoding seconds, tokens in that time, passes)
+# Contenders. Each answers a batch of prompts to their end and returns (tokens of each row, the stop
+# token included; seconds; passes, summed over rows)
 
 def decode_ours(model, tokenizer, heads, prompts, count, strategy):
     results = decode(model, tokenizer, prompts, strategy, heads, max_new_tokens=count)
-    seconds = max(result.seconds for result in results) - results[0].prompt_seconds
-    tokens = sum(len(result.tokens) - result.chunks[0] for result in results)
-    passes = max(result.passes for result in results)
-    return [result.tokens for result in results], seconds, tokens, passes
+    return ([result.tokens for result in results], max(result.seconds for result in results),
+            sum(result.passes for result in results))
 
 
-def decode_theirs(model, prompts, count, **settings):
-    stamps, generation = [], copy.deepcopy(model.generation_config)
+def decode_theirs(model, stop_ids, prompts, count, **settings):
+    generation = copy.deepcopy(model.generation_config)
     generation.do_sample, generation.max_new_tokens = False, count
-    # an id that never comes; None would mean the model's own
-    generation.eos_token_id = model.config.vocab_size
+    generation.eos_token_id, generation.pad_token_id = sorted(stop_ids), min(stop_ids)
     for name, value in settings.items():
         setattr(generation, name, value)
-    length = len(prompts[0])
+    passes = []
 
-    def stamp(ids, scores, **_):                                # called after every pass
-        stamps.append((time.perf_counter(), ids.shape[1] - length))
+    def note_pass(ids, scores, **_):                            # called after every pass
+        passes.append(ids.shape[1])
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
+    began = time.perf_counter()
     ids = torch.tensor(prompts, device=model.device)
     output = model.generate(ids, attention_mask=torch.ones_like(ids),
-                            generation_config=generation, stopping_criteria=[stamp])
-    (began, first), (ended, _) = stamps[0], stamps[-1]
-    tokens = (output.shape[1] - length - first) * len(prompts)
-    return output[:, length:].tolist(), ended - began, tokens, len(stamps)
+                            generation_config=generation, stopping_criteria=[note_pass])
+    rows = [up_to_stop(row, stop_ids) for row in output[:, len(prompts[0]):].tolist()]
+    seconds = time.perf_counter() - began
+    return rows, seconds, len(passes) if len(rows) == 1 else sum(map(len, rows))
+
+
+def up_to_stop(tokens, stop_ids):
+    """Without the padding behind the first stop token."""
+    for n, token in enumerate(tokens, 1):
+        if token in stop_ids:
+            return tokens[:n]
+    return tokens
+
+
+def answer_all(answer, batches):
+    """A round: `answer` is one of the above for each batch. Returns (texts, seconds, passes)."""
+    texts, seconds, passes = zip(*map(answer, batches))
+    return sum(texts, []), sum(seconds), sum(passes)
 
 
 def contender(pipe, name, strategy, args):
-    """What runs in a contender's process: load, then decode whatever prompts come.
+    """What runs in a contender's process: load, then answer whatever prompts come.
 
     strategy   one of ours, or None: transformers
-    Sends a round's result and peak memory (bytes), or a string: why there is none.
+    Sends (texts, seconds, passes, peak memory in bytes) of a round, or a string: why there is none.
     """
     try:
         if args.threads:
             torch.set_num_threads(args.threads)
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
+        count = args.max_new_tokens
         if strategy is None:
             from transformers import AutoModelForCausalLM
 
             folder = resolve(args.model)
+            stop_ids = Tokenizer(folder).stop_ids
             if (folder / "adapters" / "adapter_config.json").exists():
                 folder = start_of(folder)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -102,23 +116,23 @@ def contender(pipe, name, strategy, args):
             settings = {"prompt_lookup_num_tokens": 10} if name == LOOKUP else {}
         else:
             model, tokenizer, _, heads = load(args.model, device, dtype)
-            tokenizer.stop_ids = set()
-        pipe.send("ready")
-        while (prompts := pipe.recv()) != "stop":
+
+        def answer(prompts):
             if strategy is None:
-                result = decode_theirs(model, prompts, args.max_new_tokens, **settings)
-            else:
-                result = decode_ours(
-                    model, tokenizer, heads, prompts, args.max_new_tokens, strategy)
-            pipe.send((*result, peak_memory(device) * 1e9))
+                return decode_theirs(model, stop_ids, prompts, count, **settings)
+            return decode_ours(model, tokenizer, heads, prompts, count, strategy)
+
+        pipe.send("ready")
+        while (batches := pipe.recv()) != "stop":
+            pipe.send((*answer_all(answer, batches), peak_memory(device) * 1e9))
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
 
 
-def race(strategies, args, batches):
+def race(strategies, args, rounds):
     """{name: list of rounds} for one batch size, all contenders in turns.
 
-    batches   lists of prompts: a round decodes one of them, the next round the next
+    rounds   lists of batches of prompts
     """
     context, processes = multiprocessing.get_context("spawn"), {}
     for name, strategy in strategies.items():
@@ -135,70 +149,77 @@ def race(strategies, args, batches):
         if answer != "ready":
             raise InputError(f"{name} could not start: {answer}")
 
-    rounds = {name: [] for name in strategies}
-    turns = args.warmup + args.rounds
-    with tqdm(total=turns * len(strategies), unit="round", desc=f"batch {len(batches[0])}",
+    came, names = {name: [] for name in strategies}, list(strategies)
+    turns = rounds[:1] * args.warmup + rounds
+    with tqdm(total=len(turns) * len(names), unit="round", desc=f"batch {len(rounds[0][0])}",
               dynamic_ncols=True) as bar:
-        for turn in range(turns):
-            for name, (_, pipe) in processes.items():
-                pipe.send(batches[turn % len(batches)])
+        for turn, batches in enumerate(turns):
+            begins = turn % len(names)
+            for name in names[begins:] + names[:begins]:
+                pipe = processes[name][1]
+                pipe.send(batches)
                 answer = pipe.recv()
                 if isinstance(answer, str):
                     raise InputError(f"{name} failed: {answer}")
                 if turn >= args.warmup:
-                    rounds[name].append(answer)
-                _, seconds, tokens, *_ = answer
+                    came[name].append(answer)
+                texts, seconds, *_ = answer
                 bar.update()
-                bar.set_postfix_str(f"{name}: {tokens / seconds:.1f} new tokens/s")
+                bar.set_postfix_str(f"{name}: {sum(map(len, texts)) / seconds:.1f} new tokens/s")
     for process, pipe in processes.values():
         pipe.send("stop")
         process.join()
-    return rounds
+    return came
 
 
 # --------------------------------------------------------------------------------------------------
 # Tables
 
-def summarise(rounds, size):
-    """What `race` returned for batches of `size` rows -> {name: numbers for table and record}."""
+def summarise(rounds):
+    """What `race` returned -> {name: numbers for table and record}."""
     entries = {}
     for name, runs in rounds.items():
-        passes = sum(n - 1 for _, _, _, n, _ in runs)           # that of the prompt is not timed
-        same = [text == greedy for run, base in zip(runs, rounds[BASELINE])
-                for text, greedy in zip(run[0], base[0])]
+        texts = [text for run in runs for text in run[0]]
+        greedy = [text for run in rounds[BASELINE] for text in run[0]]
+        seconds = [run[1] for run in runs]
         entries[name] = {
-            "passes": runs[0][3],
-            "tokens_per_second": [tokens / seconds for _, seconds, tokens, *_ in runs],
-            "tokens_per_pass_and_row":
-                sum(run[2] for run in runs) / size / passes if passes else float("nan"),
-            "greedy_texts": sum(same),
-            "texts": len(same),
-            "peak_mebibytes": runs[0][4] / MEBIBYTE,
+            "seconds": seconds,
+            "tokens": [sum(map(len, run[0])) for run in runs],
+            "tokens_per_pass": sum(map(len, texts)) / sum(run[2] for run in runs),
+            "greedy_texts": sum(text == theirs for text, theirs in zip(texts, greedy)),
+            "texts": len(texts),
+            "peak_mebibytes": max(run[3] for run in runs) / MEBIBYTE,
         }
+        entries[name]["tokens_per_second"] = [
+            tokens / taken for tokens, taken in zip(entries[name]["tokens"], seconds)]
     for entry in entries.values():
         for ratio, name in (("ratio", BASELINE), ("ratio_to_k1", PLAIN)):
-            base = entries[name]["tokens_per_second"]
-            entry[ratio] = [own / theirs for own, theirs in zip(entry["tokens_per_second"], base)]
+            entry[ratio] = [theirs / own for own, theirs in zip(
+                entry["seconds"], entries[name]["seconds"])]
     return entries
 
 
 def middle(values, digits):
-    """Median (least - most) of a list."""
-    return "{:.{d}f} ({:.{d}f} - {:.{d}f})".format(
+    """Median (least to most) of a list."""
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(
         statistics.median(values), min(values), max(values), d=digits)
 
 
 def race_table(entries, size):
-    lines = [f"batch {size}; median (range) over rounds\n",
-             "| decoding only | new tokens/s | times transformers | times our k = 1 "
-             "| tokens per pass and row | greedy text | peak MiB |", "|" + "---|" * 7]
+    """Markdown; of each contender medians (and ranges) over rounds."""
+    lines = [f"| batch {size} | times our k = 1 | times transformers | new tokens/s "
+             "| tokens written, of k = 1's | tokens per pass | greedy text | peak MiB |",
+             "|" + "---|" * 8]
+    written = sum(entries[PLAIN]["tokens"])
     for name, e in entries.items():
+        digits = 0 if min(e["tokens_per_second"]) >= 100 else 1
         cells = [
             name,
-            middle(e["tokens_per_second"], 1),
-            middle(e["ratio"], 2),
             middle(e["ratio_to_k1"], 2),
-            f"{e['tokens_per_pass_and_row']:.2f}",
+            middle(e["ratio"], 2),
+            middle(e["tokens_per_second"], digits),
+            f"{sum(e['tokens']) / written:.0%}",
+            f"{e['tokens_per_pass']:.2f}",
             f"{e['greedy_texts']} of {e['texts']}",
             f"{e['peak_mebibytes']:.0f}",
         ]
@@ -266,50 +287,48 @@ def bytes_per_pass(model, context):
 def get_args():
     parser = ArgumentParser(prog="-m studies.bench", description=__doc__)
     add = parser.add_argument_group("the race").add_argument
-    add("--batch-size", type=int, nargs="+", default=[1, 8],
-        help="prompts decoded together, one or several (1 8)")
-    add("--data", help="ask the questions of a JSONL file, or gsm8k, instead")
-    add("--prompt-tokens", type=int, default=128, help="without --data (%(default)s)")
-    add("--max-new-tokens", type=int, default=128, help="(%(default)s)")
-    add("--rounds", type=int, default=5, help="that count (%(default)s)")
+    add("--data", help="whose questions: wordproblems, gsm8k or a JSONL file (what eval_gsm8k.py "
+        "asks the checkpoint)")
+    add("--limit", type=int, default=40, help="questions in all (%(default)s)")
+    add("--rounds", type=int, default=5, help="that they are dealt to (%(default)s)")
     add("--warmup", type=int, default=1, help="rounds before them (%(default)s)")
+    add("--batch-size", type=int, nargs="+", default=[1, 8],
+        help="questions decoded together, one or several (1 8)")
+    add("--max-new-tokens", type=int, default=256, help="(%(default)s)")
+    add("--seed", type=int, default=0, help="which word problems (%(default)s)")
     add = parser.add_argument_group("model, files, machine").add_argument
     cli.add_model_flag(add)
     add("--out", default="out-bench", help="folder for bench.json and bench.md (%(default)s)")
     add("--threads", type=int, help="CPU threads (torch's own choice)")
     cli.add_machine_flags(add)
     args = parser.parse_args()
-    cli.at_least(args, batch_size=1, prompt_tokens=1, max_new_tokens=2, rounds=1, warmup=0,
-                 threads=1)
+    cli.at_least(args, limit=1, batch_size=1, max_new_tokens=2, rounds=1, warmup=0, threads=1)
+    if args.limit % args.rounds:
+        raise InputError(f"--limit {args.limit} must be a multiple of --rounds {args.rounds}")
+    for size in args.batch_size:
+        if args.limit // args.rounds % size:
+            raise InputError(f"a round of {args.limit // args.rounds} questions (--limit / "
+                             f"--rounds) is no multiple of --batch-size {size}")
     return args
 
 
-def make_prompts(tokenizer, count, length):
-    """`count` prompts of `length` tokens: solved word problems, the last of them cut off."""
-    prompts = []
-    for row in range(count):
-        problems = WordProblems(row, "validation")
-        text = "\n\n".join("{question}\n\n{answer}".format(**problems[i])
-                           for i in range(length // 20 + 2))
-        prompts.append(tokenizer.encode(text)[:length])
-    return prompts
-
-
-def make_batches(args, tokenizer, style, size):
-    """What rounds decode: lists of `size` prompts. InputError where --data has too few."""
-    if args.data is None:
-        return [make_prompts(tokenizer, size, args.prompt_tokens)]
-    wanted, batches, alike = args.warmup + args.rounds, [], {}
-    for row in load_questions(args.data, None, 0, seed=0)[0]:
+def make_rounds(args, tokenizer, style):
+    """What rounds ask: lists of prompts of one length. InputError where --data has too few."""
+    size, rounds, alike = args.limit // args.rounds, [], {}
+    for row in load_questions(args.data, 100 * args.limit, 0, args.seed)[0]:
         prompt = tokenizer.prompt(row["question"], style)
-        some = alike.setdefault(len(prompt), [])                # no padding, so of one length
+        some = alike.setdefault(len(prompt), [])
         some.append(prompt)
         if len(some) == size:
-            batches.append(alike.pop(len(prompt)))
-        if len(batches) == wanted:
-            return batches
-    raise InputError(f"{args.data} has {len(batches)} batches of {size} questions with as many "
-                     f"tokens, {wanted} rounds need one each: lower --batch-size or --rounds")
+            rounds.append(alike.pop(len(prompt)))
+        if len(rounds) == args.rounds:
+            return rounds
+    raise InputError(f"{args.data} has {len(rounds)} times {size} questions with as many tokens, "
+                     f"{args.rounds} rounds need one each: lower --limit or --rounds")
+
+
+def in_batches(prompts, size):
+    return [prompts[first:first + size] for first in range(0, len(prompts), size)]
 
 
 def contenders(k_max, heads):
@@ -336,43 +355,45 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     model, tokenizer, trained, heads = load(args.model, device, dtype)
     k_max = trained.get("k_max", 1)
+    args.data = args.data or default_questions(args.model, trained)
     style = trained.get("prompt_format") or tokenizer.default_format
-    sizes = {size: make_batches(args, tokenizer, style, size) for size in args.batch_size}
-    longest = max(len(prompt) for batches in sizes.values() for some in batches for prompt in some)
-    total = longest + args.max_new_tokens
-    if total >= model.config.max_position_embeddings:
-        raise InputError(f"{total} tokens do not fit the model's context of "
-                         f"{model.config.max_position_embeddings}")
+    rounds = make_rounds(args, tokenizer, style)
+    longest = max(len(prompts[0]) for prompts in rounds)
+    if longest + args.max_new_tokens >= model.config.max_position_embeddings:
+        raise InputError(f"{longest + args.max_new_tokens} tokens do not fit the model's context "
+                         f"of {model.config.max_position_embeddings}: lower --max-new-tokens")
     out = cli.output_folder(args.out)
 
     # --- the race
     races, tables = {}, []
-    for size, batches in sizes.items():
+    for size in args.batch_size:
         theirs = {BASELINE: None}
         if size == 1:                                   # assisted decoding is for one row
             theirs[LOOKUP] = None
-        rounds = race(theirs | contenders(k_max, heads), args, batches)
-        races[size] = summarise(rounds, size)
+        dealt = [in_batches(prompts, size) for prompts in rounds]
+        races[size] = summarise(race(theirs | contenders(k_max, heads), args, dealt))
         tables.append(race_table(races[size], size))
 
     # --- one pass by itself, as wide as decoding gets: with heads, a certain token and the drafts
     widths = list(range(1, k_max + 1))
     if not heads:
         widths = list(range(1, 2 * k_max)) + [k_max ** 2] * (k_max > 2)
-    times = milliseconds_by_width(model, args.prompt_tokens, widths, repeats=20)
-    bandwidth, read = copy_bandwidth(device), bytes_per_pass(model, args.prompt_tokens)
+    times = milliseconds_by_width(model, longest, widths, REPEATS)
+    bandwidth, read = copy_bandwidth(device), bytes_per_pass(model, longest)
     share = read / bandwidth / (times[1] / 1000)
 
-    record = {"races": races, "milliseconds_by_width": times, "copy_bytes_per_second": bandwidth,
+    record = {"races": races, "milliseconds_by_width": times, "context": longest,
+              "repeats": REPEATS, "copy_bytes_per_second": bandwidth,
               "share_of_bandwidth_limit": share, **vars(args), **machine(device)}
-    asked = args.data or f"{args.prompt_tokens} prompt tokens"
-    head = (f"{args.model}, {dtype_name(dtype)}, {asked}, "
-            f"{args.max_new_tokens} new, {args.rounds} rounds in turns; {record['device']}, torch "
-            f"{record['torch']}, commit {record['commit']}")
+    head = (f"{args.model}, {dtype_name(dtype)}; {args.limit} questions of {args.data} in "
+            f"{args.rounds} rounds, in turns, {args.max_new_tokens} new tokens at most; median "
+            f"(range) of the rounds; {record['device']}, torch {record['torch']}, commit "
+            f"{record['commit']}")
+    passes = f"a pass by itself, behind {longest} cached tokens, median of {REPEATS}:"
     end = (f"A pass of one token reads {read / 1e6:.0f} MB of weights and cache; at the "
            f"{bandwidth / 1e9:.1f} GB/s of a plain copy that is {share:.0%} of the time it takes."
            "\n")
-    text = "\n\n".join([head, *tables, width_table(times), end])
+    text = "\n\n".join([head, *tables, passes, width_table(times), end])
     print(text)
     write_json(out / "bench.json", record)
     write_text(out / "bench.md", text)

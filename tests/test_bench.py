@@ -5,9 +5,10 @@ arithmetic of the tables. (What it refuses is in test_cli.py.)
 import argparse
 import json
 import multiprocessing
+import shutil
 
 import torch
-from conftest import train_briefly
+from conftest import ROOT, train_briefly
 from test_cli import cli
 
 from common.files import read_json
@@ -16,75 +17,102 @@ from model import Transformer
 from studies import bench
 
 
-def test_bench(tiny, tmp_path, monkeypatch):
-    model, out = train_briefly(tmp_path / "out", "--model", tiny, "--k", 2), tmp_path / "bench"
+def raced(model, out, monkeypatch, *flags):
+    """bench.json of a short race, with its tables printed."""
     fork = multiprocessing.get_context("fork")          # spawning would import everything anew
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
-    result = cli(bench, "--model", model, "--prompt-tokens", 20, "--max-new-tokens", 8,
-                 "--rounds", 2, "--warmup", 0, "--batch-size", 1, 2, "--out", out,
-                 "--dtype", "fp32", "--threads", 1)
+    result = cli(bench, "--model", model, "--max-new-tokens", 8, "--warmup", 1, "--out", out,
+                 "--data", "wordproblems", "--dtype", "fp32", "--threads", 1, *flags)
     assert result.code == 0, result
-    record = read_json(out / "bench.json")
+    assert (out / "bench.md").read_text() in result.out
+    return read_json(out / "bench.json")
+
+
+def test_bench(tiny, tmp_path, monkeypatch):
+    model = train_briefly(tmp_path / "out", "--model", tiny, "--k", 2)
+    record = raced(model, tmp_path / "bench", monkeypatch, "--limit", 4, "--rounds", 2,
+                   "--batch-size", 1, 2)
     names = ["transformers, greedy", "transformers, prompt lookup", "ours, k = 1",
              "ours, static 2", "ours, adaptive 0.9", "ours, lossless 2", "ours, lossless 2 narrow"]
     assert list(record["races"]["1"]) == names
     assert list(record["races"]["2"]) == names[:1] + names[2:]      # prompt lookup: one row only
-    for size, race in record["races"].items():
+    for race in record["races"].values():
+        plain = race["ours, k = 1"]
         for entry in race.values():
-            assert len(entry["tokens_per_second"]) == 2 and entry["peak_mebibytes"] > 50
+            assert len(entry["seconds"]) == len(entry["ratio"]) == 2
+            assert entry["peak_mebibytes"] > 50
+            assert entry["ratio_to_k1"] == [
+                theirs / own for theirs, own in zip(plain["seconds"], entry["seconds"])]
         for name in ("ours, k = 1", "ours, lossless 2", "ours, lossless 2 narrow"):
             # in both rounds the text of transformers
-            assert race[name]["greedy_texts"] == race[name]["texts"] == 2 * int(size)
-            assert len(race[name]["ratio"]) == 2
-        assert race["ours, k = 1"]["ratio_to_k1"] == [1, 1]
-        for k, name in ((1, "ours, k = 1"), (2, "ours, static 2")):
-            assert race[name]["tokens_per_pass_and_row"] == k
-        for name in ("transformers, greedy", "ours, k = 1"):        # none stopped early
-            assert race[name]["passes"] == 8
+            assert race[name]["greedy_texts"] == race[name]["texts"] == 4
+            assert race[name]["tokens"] == plain["tokens"]
+        assert race["transformers, greedy"]["tokens_per_pass"] == plain["tokens_per_pass"] == 1
+        assert race["ours, static 2"]["tokens_per_pass"] > 1.5
     assert list(record["milliseconds_by_width"]) == ["1", "2", "3"]
     assert record["commit"] is not None
-    assert (out / "bench.md").read_text() in result.out
 
 
 def test_bench_of_heads(tiny, tmp_path, monkeypatch):
     """k = 1 of the start, and drafts of one head and of both: all write the text of transformers,
     which knows nothing of heads."""
-    model, out = train_briefly(tmp_path / "out", "--model", tiny, "--heads", 2), tmp_path / "bench"
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
-    result = cli(bench, "--model", model, "--prompt-tokens", 20, "--max-new-tokens", 8,
-                 "--rounds", 1, "--warmup", 0, "--batch-size", 2, "--out", out, "--dtype", "fp32",
-                 "--threads", 1)
-    assert result.code == 0, result
-    record = read_json(out / "bench.json")
+    model = train_briefly(tmp_path / "out", "--model", tiny, "--heads", 2)
+    record = raced(model, tmp_path / "bench", monkeypatch, "--limit", 2, "--rounds", 1,
+                   "--batch-size", 2)
     names = ["transformers, greedy", "ours, k = 1", "ours, lossless 2 heads",
              "ours, lossless 3 heads"]
     assert list(record["races"]["2"]) == names
     for name, entry in record["races"]["2"].items():
-        assert entry["greedy_texts"] == entry["texts"] == 2 and entry["passes"] <= 8, name
+        assert entry["greedy_texts"] == entry["texts"] == 2, name
+        assert entry["tokens_per_pass"] >= 1
     assert list(record["milliseconds_by_width"]) == ["1", "2", "3"]     # never a mask token
 
 
-def test_bench_asks_another_question_in_each_round(tiny, tmp_path, monkeypatch):
-    """In a batch questions of one length; too few of them are refused before anything runs."""
+def test_texts_end_where_they_end(monkeypatch, tmp_path):
+    """The tiny model stops: so do its texts in transformers, alone and padded in a batch."""
+    model = tmp_path / "tiny-mtp"
+    shutil.copytree(ROOT / "checkpoints" / "tiny-mtp", model)
+    record = raced(model, tmp_path / "bench", monkeypatch, "--limit", 4, "--rounds", 2,
+                   "--batch-size", 1, 2, "--max-new-tokens", 150)
+    for race in record["races"].values():
+        for name in ("transformers, greedy", "ours, k = 1", "ours, lossless 8 narrow"):
+            assert race[name]["greedy_texts"] == 4 and sum(race[name]["tokens"]) < 4 * 100
+        assert race["ours, lossless 8 narrow"]["tokens_per_pass"] > 3
+    # the same questions, whatever the batch
+    assert (record["races"]["1"]["ours, k = 1"]["tokens"]
+            == record["races"]["2"]["ours, k = 1"]["tokens"])
+    assert bench.up_to_stop([5, 2, 7, 2], {2}) == [5, 2] and bench.up_to_stop([5], {2}) == [5]
+
+
+def test_rounds(tiny, tmp_path):
+    """In a round questions of one length; too few of them are refused before anything runs."""
     model, path = train_briefly(tmp_path / "out", "--model", tiny, "--k", 2), tmp_path / "q.jsonl"
     path.write_text("".join(json.dumps({"question": "x" * n, "answer": "1"}) + "\n"
                             for n in (4, 5, 6, 5, 4, 7)))
     tokenizer = Tokenizer(model / "latest")
-    args = argparse.Namespace(data=str(path), warmup=1, rounds=1)
-    batches = bench.make_batches(args, tokenizer, "plain", 2)
+    args = argparse.Namespace(data=str(path), limit=4, rounds=2, seed=0)
     expected = [[tokenizer.prompt("x" * n, "plain")] * 2 for n in (5, 4)]
-    assert batches == expected
-    result = cli(bench, "--model", model, "--data", path, "--batch-size", 2, "--rounds", 2,
-                 "--out", tmp_path / "bench")
-    assert result.code == 2 and "lower --batch-size or --rounds" in result.err
+    assert bench.make_rounds(args, tokenizer, "plain") == expected
+    assert bench.in_batches([1, 2, 3, 4], 2) == [[1, 2], [3, 4]]
+    result = cli(bench, "--model", model, "--data", path, "--batch-size", 1, "--limit", 6,
+                 "--rounds", 3, "--out", tmp_path / "bench")
+    assert result.code == 2 and "lower --limit or --rounds" in result.err
 
-    rounds = {name: [([[n]], 1.0, 4 * n, 5, 2 ** 20) for n in (1, 2)]
+
+def test_ratios_are_of_the_same_round():
+    def run(texts, seconds, passes):
+        return texts, seconds, passes, 2 ** 20
+
+    rounds = {name: [run([[1, 2, 3, 4]], 1.0, 4), run([[1, 2, 3, 4, 5, 6, 7, 8]], 4.0, 8)]
               for name in (bench.BASELINE, bench.PLAIN)}
-    rounds["x"] = [([[1]], 0.5, 4, 3, 2 ** 20), ([[3]], 0.25, 8, 5, 2 ** 20)]
-    entry = bench.summarise(rounds, 1)["x"]
-    assert entry["ratio"] == entry["ratio_to_k1"] == [2, 4] and entry["greedy_texts"] == 1
-    assert entry["tokens_per_pass_and_row"] == 12 / 6
+    rounds["x"] = [run([[1, 2, 3, 4]], 0.5, 2), run([[1, 2, 3, 4]], 1.0, 2)]
+    entry = bench.summarise(rounds)["x"]
+    assert entry["ratio"] == entry["ratio_to_k1"] == [2, 4]
+    assert (entry["greedy_texts"], entry["texts"]) == (1, 2)
+    assert entry["tokens_per_pass"] == 2 and entry["tokens_per_second"] == [8, 4]
+    assert bench.race_table(bench.summarise(rounds), 1).splitlines()[-1] == (
+        "| x | 3.00 (2.00 to 4.00) | 3.00 (2.00 to 4.00) | 6.0 (4.0 to 8.0) | 67% | 2.00 | 1 of 2 "
+        "| 1 |")
 
 
 def test_contenders():

@@ -64,7 +64,7 @@ FLAGS = {
         "data limit max-new-tokens prompt-format seed model out resume no-resume batch-size "
         + MACHINE,
     "-m studies.bench":
-        "batch-size data prompt-tokens max-new-tokens rounds warmup model out threads " + MACHINE,
+        "batch-size data limit seed max-new-tokens rounds warmup model out threads " + MACHINE,
     "-m studies.cascade":
         "only model data prompt-format heads steps seeds questions limit max-new-tokens batch-size "
         "out resume no-resume " + MACHINE,
@@ -420,8 +420,10 @@ REFUSED = {
     "-m studies.bench": [
         ("--rounds 0", "--rounds must be at least 1"),
         ("--batch-size 1 0", "--batch-size must be at least 1"),
-        ("--prompt-tokens 0", "--prompt-tokens must be at least 1"),
-        ("--prompt-tokens 500", "do not fit the model's context of 512"),
+        ("--limit 0", "--limit must be at least 1"),
+        ("--limit 7", "--limit 7 must be a multiple of --rounds 5"),
+        ("--batch-size 1 3", "a round of 8 questions"),
+        ("--max-new-tokens 500 --data wordproblems", "do not fit the model's context of 512"),
         ("--warmup -1", "--warmup must be at least 0"),
         ("--threads 0", "--threads must be at least 1"),
     ],
