@@ -368,7 +368,7 @@ def main():
     }
     out = cli.output_folder(args.out)
     with cli.writing(out):
-        file = open_rows(out / "rows.jsonl", settings, args.resume)
+        file = open_rows(out / "rows.jsonl", settings, machine(device), args.resume)
     done = read_rows(out / "rows.jsonl")
     cli.say(f"{name}, k_max {trained.get('k_max', 1)}: {len(questions)} questions, "
             f"{len(contenders)} strategies; the first prompt:\n\n"

@@ -108,8 +108,11 @@ def keep_compact(path, plain):
     write_bytes(path.with_suffix(".jsonl.gz"), gzip.compress(lines.encode(), mtime=0))
 
 
-def open_rows(path, settings, resume):
+def open_rows(path, settings, header, resume):
     """The file of rows, with an earlier run's whole batches in it, open to append; for all ranks.
+
+    settings   what a resumed run must have in common with the one before, a dict
+    header     what else the first line says, such as command and machine
 
     Raises InputError if the file exists without --resume, holds other settings, or is being written
     by another program.
@@ -130,7 +133,7 @@ def open_rows(path, settings, resume):
     # Every rank writes the new file: where the disk refuses, all stop, and none waits for others
     temporary = path.with_suffix(f".tmp{parallel.rank_and_world()[0]}")
     with open(temporary, "w", encoding="utf-8") as file:
-        for row in [settings, *(row for batch in kept.values() for row in batch)]:
+        for row in [settings | header, *(row for batch in kept.values() for row in batch)]:
             file.write(json.dumps(row) + "\n")
     parallel.wait()                                 # until all have looked whether there is one
     temporary.replace(path)

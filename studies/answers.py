@@ -9,20 +9,24 @@ When it decodes, the student reads its own text, not the data set's. Distilled o
 answers, it is judged after prefixes that it would never write; on its own answers, after those that
 it will meet. (The paper trains on the data set's.)
 
-Of every 512 questions the shortest prompts come first, so that a batch pads little.
+Of every 512 questions the shortest prompts come first, so that a batch pads little. How the rows
+came about stands beside them, in gsm8k-own.json: command, commit, machine, and the minutes of each
+piece of the work.
 """
 import json
 import math
+import time
 from pathlib import Path
 
 from common import cli
 from common.answers import check_prompts
 from common.cli import SWITCH, ArgumentParser, InputError, reading
 from common.data import load_data
+from common.files import read_json, write_json
 from common.hub import DEFAULT_MODEL, resolve
-from common.machine import keep_freed_memory, pick_device, pick_dtype
+from common.machine import keep_freed_memory, machine, pick_device, pick_dtype
 from common.progress import Progress
-from common.records import json_lines
+from common.records import fingerprint, json_lines
 from common.tokenizer import Tokenizer
 from model import Transformer
 from sample import generate
@@ -79,10 +83,16 @@ def main():
              for pair in sorted(pairs[first:first + WINDOW], key=lambda pair: len(pair[0]))]
     prompts, questions = zip(*pairs)
 
+    # --- how the rows came about: a dict for each piece, one that was killed has no minutes
+    note, began = out.with_suffix(".json"), time.perf_counter()
+    pieces = read_json(note)["pieces"] if args.resume and note.exists() else []
+    pieces.append(vars(args) | machine(device) | {"start weights": fingerprint(folder)})
+
     # --- answer; a batch is on disk as soon as it is done
     with cli.writing(out), open(out, "a", encoding="utf-8") as file:
         file.lock = cli.Alone(out)                                  # as long as it is open
         done = answered(out, questions)
+        write_json(note, {"pieces": pieces})
         file.truncate(out.read_bytes().rfind(b"\n") + 1)            # a killed run's half line
         bar = Progress(total=len(questions), initial=done, unit="answer")
         for first in range(done, len(questions), args.batch_size):
@@ -99,6 +109,9 @@ def main():
             speed = sum(len(r.tokens) for r in results) / max(r.seconds for r in results)
             bar.say(f"{speed:.0f} new tokens/s")
         bar.close()
+        pieces[-1] |= {"minutes": round((time.perf_counter() - began) / 60, 3),
+                       "rows": len(questions) - done}
+        write_json(note, {"pieces": pieces})
     cli.say(f"{len(questions)} rows in {out}")
 
 

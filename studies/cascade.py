@@ -171,7 +171,8 @@ def finish(name, seed, *asked, args):
     if not path.exists():
         folder = train(REPEATED.get(name, name), seed, args)
         repeat = args.heads if name in REPEATED else 0
-        write_json(path, {"variant": name, "seed": seed, "steps": steps_of(name, args),
+        write_json(path, {**machine(pick_device(args.device)), "variant": name, "seed": seed,
+                          "steps": steps_of(name, args),
                           "questions": evaluate(folder, repeat, *asked, args)})
     return read_json(path)["questions"]
 

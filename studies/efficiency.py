@@ -195,10 +195,11 @@ def main():
                                     "supervised tokens/s")
 
     # --- the table
-    rate, where = max(rates), machine(device)
+    rate, where = statistics.median(rates), machine(device)
     table = summarise(rounds, peaks, rate)
     title = (f"{Path(args.model).name}, {args.batch_size} sequences a step, k_max {args.k}, "
-             f"{args.rounds} rounds of {args.steps} steps in turns; matmul rate {rate / 1e9:.0f} "
+             f"{args.rounds} rounds of {args.steps} steps in turns; matmul rate, the median of "
+             f"the rounds', {rate / 1e9:.0f} "
              f"GFLOP/s ({dtype_name(dtype)}); {where['device']}, torch {where['torch']}, commit "
              f"{where['commit']}")
     text = f"{title}\n\n{markdown(table)}"

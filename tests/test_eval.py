@@ -445,7 +445,10 @@ def test_two_processes(tiny, trained, tmp_path, monkeypatch):
             "rows.jsonl", "table.json", "table.md", "pareto.png"}
         table = json.loads((out / "table.json").read_text())
         lines, rows = rows_of(out)
-        assert json.loads(lines[0]) == table["settings"] and table["processes"] == processes
+        header = json.loads(lines[0])
+        assert {key: header[key] for key in table["settings"]} == table["settings"]
+        assert header["commit"] == table["commit"] and header["command"]
+        assert table["processes"] == processes
         by_key = {(row["strategy"], row["id"]): row for row in rows}
         assert len(rows) == len(by_key) == 5 * 7                        # none is there twice
         assert {row["processes"] for row in rows} == set(processes)

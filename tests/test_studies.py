@@ -332,10 +332,14 @@ def test_answers(tmp_path, tiny):
         result, = generate(model, tokenizer, [prompt], max_new_tokens=8)
         written = [token for token in result.tokens if token not in tokenizer.stop_ids]
         assert row["answer"] == tokenizer.decode(written)
+    (piece,) = read_json(tmp_path / "rows.json")["pieces"]
+    assert piece["rows"] == 5 and piece["minutes"] > 0 and piece["commit"] and piece["command"]
     whole = path.read_text()
     path.write_text("".join(whole.splitlines(keepends=True)[:3])[:-4])  # killed in the third line
     works(answers, *flags, "--resume")
     assert path.read_text() == whole
+    pieces = read_json(tmp_path / "rows.json")["pieces"]
+    assert [own["rows"] for own in pieces] == [5, 3]            # a whole line is kept, of any batch
     for other in (("--seed", 1), ("--limit", 40)):              # more rows: another order
         assert_refused(cli(answers, *flags, "--resume", *other), "other questions")
     assert path.read_text() == whole
