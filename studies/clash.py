@@ -2,7 +2,7 @@
 Why ground truth as labels fails: one question, two equally good answers, and two ways to learn
 several tokens at once.
 
-    python -m studies.clash             # nine short trainings of the tiny model, a quarter hour
+    python -m studies.clash             # nine trainings of the tiny model, half an hour
 
     Ava has 7 apples and 5 books.       "7 apples and 5 books"  or
     What does Ava have?                 "5 books and 7 apples"
@@ -119,7 +119,7 @@ def main():
     parser = ArgumentParser(prog="-m studies.clash", description=__doc__)
     add = parser.add_argument
     add("--k", type=int, default=2, help="tokens per pass, fixed (%(default)s)")
-    add("--steps", type=int, default=300, help="of each training (%(default)s)")
+    add("--steps", type=int, default=800, help="of each training (%(default)s)")
     add("--limit", type=int, default=200, help="unseen questions, for each seed (%(default)s)")
     add("--seeds", type=int, default=3, help="how many, from 0 on (%(default)s)")
     add("--model", default=DEFAULT_MODEL, help="start checkpoint (%(default)s)")
