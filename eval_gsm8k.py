@@ -173,15 +173,12 @@ def summarise(rows):
             "tokens_per_second_decoding": decoding,
             "seconds": sum(rounds[name]),
             "cut_off": statistics.fmean(row["finish"] == "length" for row in own),
+            "difference": paired_interval(hits, plain_hits),
+            "identical_text": statistics.fmean(
+                row["hash"] == base["hash"] for row, base in zip(own, plain)),
+            "shared_prefix": sum(row["shared_prefix"] for row in own) / sum(
+                row["tokens"] for row in plain),
         }
-        if name != START:
-            entry |= {
-                "difference": paired_interval(hits, plain_hits),
-                "identical_text": statistics.fmean(
-                    row["hash"] == base["hash"] for row, base in zip(own, plain)),
-                "shared_prefix": sum(row["shared_prefix"] for row in own) / sum(
-                    row["tokens"] for row in plain),
-            }
         if own[0]["start_loss"] is not None:
             entry["start_loss"] = sum(row["start_loss"] for row in own) / tokens
         table.append(entry)
@@ -218,25 +215,19 @@ def markdown(table):
              "| before first difference | loss under start |",
              "|" + "---|" * 10]
     for e in table:
-        difference = identical = shared = loss = ""
-        if "difference" in e:
-            difference = "{:+.1f} +- {:.1f}".format(*(100 * x for x in e["difference"]))
-            identical, shared = f"{e['identical_text']:.0%}", f"{e['shared_prefix']:.0%}"
-        if "start_loss" in e:
-            loss = f"{e['start_loss']:.3f}"
         cells = [
             e["strategy"],
             f"{100 * e['accuracy']:.1f} +- {100 * e['stderr']:.1f}",
-            difference,
+            "{:+.1f} +- {:.1f}".format(*(100 * x for x in e["difference"])),
             "{:.2f} +- {:.2f} ({:.2f})".format(
                 e["tokens_per_forward"], e["tokens_per_forward_std"],
                 e["tokens_per_forward_pooled"]),
             f"{e['tokens_per_second']:.1f} ({e['tokens_per_second_decoding']:.1f})",
             f"{e['speed_up']:.2f}x ({min(e['speed_ups']):.2f} to {max(e['speed_ups']):.2f})",
             f"{e['cut_off']:.0%}",
-            identical,
-            shared,
-            loss,
+            f"{e['identical_text']:.0%}",
+            f"{e['shared_prefix']:.0%}",
+            f"{e['start_loss']:.3f}" if "start_loss" in e else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -33,7 +33,7 @@ from common.files import read_json, write_text
 from common.intervals import t_quantile
 from common.report import acceptance_by_position
 from common.wordproblems import STRUCTURES
-from studies import ROOT, ablate, bench, cascade, confidence, efficiency
+from studies import ROOT, ablate, bench, cascade, clash, confidence, efficiency
 from studies.figures import read_log
 
 PAGES = {"README.md": "README.md", "docs/results.md": "results.md"}     # page: its template
@@ -130,9 +130,18 @@ def counted(file, pattern):
 # --------------------------------------------------------------------------------------------------
 # eval_gsm8k.py: RUN/table.json, RUN/rows.jsonl.gz
 
+@functools.cache
+def summarised(folder):
+    """{strategy: its numbers}, of an evaluation's rows in the order of its table."""
+    names = [entry["strategy"] for entry in read_json(folder / "table.json")["table"]]
+    rows = read_rows(folder / "rows.jsonl.gz")[1]
+    table = eval_gsm8k.summarise({name: rows[name] for name in names})
+    return {entry["strategy"]: entry for entry in table}
+
+
 def strategies(run):
-    """{strategy: its numbers}."""
-    return {entry["strategy"]: entry for entry in record(f"{run}/table.json")["table"]}
+    """{strategy: its numbers}, computed from the rows."""
+    return summarised((RESULTS / run).resolve())
 
 
 def evaluation(run):
@@ -143,7 +152,7 @@ def evaluation(run):
 
 
 def decoding_table(run):
-    return eval_gsm8k.markdown(record(f"{run}/table.json")["table"]).rstrip()
+    return eval_gsm8k.markdown(list(strategies(run).values())).rstrip()
 
 
 def accuracy(entry):
@@ -184,9 +193,54 @@ def against_start(run):
 
 def start_texts(run, *names):
     """How many answers are the start model's, token for token, with each of these strategies."""
-    start = [row["tokens"] for row in rows_of(run, "start, k = 1")]
-    own = [[row["tokens"] for row in rows_of(run, name)] for name in names]
-    return sum(all(text == theirs for text in texts) for theirs, *texts in zip(start, *own))
+    def texts(name):
+        return [row.get("hash", row["tokens"]) for row in rows_of(run, name)]
+
+    own = [texts(name) for name in names]
+    return sum(all(text == theirs for text in texts)
+               for theirs, *texts in zip(texts("start, k = 1"), *own))
+
+
+def chosen(run, most=0.01):
+    """The lowest threshold that costs at most `most` of accuracy against k = 1, by the point
+    estimate on validation problems; as a text, "0.9"."""
+    found = [name.removeprefix("adaptive ") for name, own in strategies(run).items()
+             if name.startswith("adaptive") and own["difference"][0] >= -most]
+    return min(found, key=float)
+
+
+def thresholds_table(validation, test):
+    """What each threshold costs where it is chosen, and where it is reported."""
+    cells, tested = [], strategies(test)
+    for name, own in strategies(validation).items():
+        if not name.startswith("adaptive"):
+            continue
+        row = [name.removeprefix("adaptive ")]
+        for entry in (own, tested[name]):
+            row += [plus_minus(points(entry["difference"]), "+.1f"),
+                    f"{entry['tokens_per_forward']:.2f}"]
+        cells.append(row)
+    return markdown(["threshold", "validation: points against k = 1", "tokens per forward",
+                     "test: points against k = 1", "tokens per forward"], cells)
+
+
+def kinds_table():
+    """Kinds of problems that training saw and kinds that it did not."""
+    cells = []
+    for trained, folder in (("all kinds", "tiny-k8"), ("the others alone", "tiny-familiar")):
+        for asked in ("familiar", "unfamiliar"):
+            own = strategies(f"{folder}/{asked}")
+            kinds = {"familiar": "the others", "unfamiliar": "the held-out ones"}[asked]
+            cells.append([
+                trained, kinds,
+                *(plus_minus(accuracy(own[name]), ".1f")
+                  for name in ("start, k = 1", "k = 1", "adaptive 0.9")),
+                f"{own['adaptive 0.9']['tokens_per_forward']:.2f}",
+                f"{own['lossless 8']['tokens_per_forward']:.2f}",
+                f"{own['start, k = 1']['identical_text']:.0%}"])
+    return markdown(["trained on", "asked", "start, k = 1, %", "k = 1, %", "threshold 0.9, %",
+                     "its tokens per forward", "lossless, wide", "k = 1 writes the start's text"],
+                    cells)
 
 
 def acceptance(run, strategy):
@@ -210,7 +264,7 @@ def at_a_glance():
         own, alone = strategies(run)[strategy], strategies(f"{run}/batch1")[strategy]
         cells.append([name, plus_minus(accuracy(own), ".1f"), f"{own['tokens_per_forward']:.2f}",
                       f"{alone['speed_up']:.1f}x",
-                      f"{own['identical_text']:.0%}" if "identical_text" in own else ""])
+                      f"{own['identical_text']:.0%}"])
     heads = ["decoding", "right, %", "tokens per forward", "speed-up", "same text as k = 1"]
     return markdown(heads, cells)
 
@@ -267,16 +321,13 @@ def mean_loss(run, first, last):
                             if first <= row["step"] <= last)
 
 
-def agreement_table():
-    """Of both trainings of SmolLM2, over 50 steps each."""
-    first, second = "smollm2-gsm8k-k4", "smollm2-answers-lr1e-4"
-    cells = []
-    for name, run, last in (("first", first, 500), ("second, last rows read once", second, 358),
-                            ("second, read twice from here on", second, 408),
-                            ("second, the end", second, 600)):
-        shares = [agreement(run, slot, last - 49, last) for slot in (1, 2, 3, 4)]
-        cells.append([name, f"{last - 49} to {last}", *(f"{share:.0%}" for share in shares)])
-    return markdown(["run", "steps", *(f"slot {slot}" for slot in (1, 2, 3, 4))], cells)
+def agreement_table(run, *steps):
+    """Of each slot, over the 50 steps up to each of these."""
+    slots = range(1, training(run)["k"] + 1)
+    cells = [[f"{last - 49} to {last}",
+              *(f"{agreement(run, slot, last - 49, last):.0%}" for slot in slots)]
+             for last in steps]
+    return markdown(["steps", *(f"slot {slot}" for slot in slots)], cells)
 
 
 def cost_table(*runs):
@@ -287,9 +338,11 @@ def cost_table(*runs):
         cells.append([
             f"{own['k']}", f"{own['steps']:,}", f"{own['minutes']:.1f}", f"{asked['questions']:,}",
             *(plus_minus(accuracy(found[name]), ".1f") for name in ("start, k = 1", "k = 1")),
-            plus_minus(against_start(run), "+.1f")])
+            plus_minus(against_start(run), "+.1f"),
+            f"{found['start, k = 1']['identical_text']:.0%}",
+            f"{found['start, k = 1']['shared_prefix']:.0%}"])
     return markdown(["k_max", "steps", "minutes", "problems", "start, k = 1, %",
-                     "trained, k = 1, %", "difference"], cells)
+                     "trained, k = 1, %", "difference", "same text", "text before it parts"], cells)
 
 
 def ways_table():
@@ -307,8 +360,8 @@ def ways_table():
              "lossless 8 narrow", at_batch_1("tiny-adapters64-2000", "lossless 8 narrow")),
             ("tiny", "4 heads", "tiny-heads4", "tiny-heads4", "lossless 5 heads", None,
              at_batch_1("tiny-heads4", "lossless 5 heads")),
-            ("SmolLM2", "all weights", "smollm2-answers-lr1e-4", "smollm2-answers-lr1e-4/eval",
-             "lossless 4", "lossless 4 narrow", ""),
+            ("SmolLM2", "all weights", "smollm2-masks", "smollm2-masks/eval", "lossless 4",
+             "lossless 4 narrow", median_ratio("bench-smollm2-masks", "ours, lossless 4 narrow")),
             ("SmolLM2", "adapters", "smollm2-adapters64", "smollm2-adapters64/eval", "lossless 4",
              "lossless 4 narrow",
              median_ratio("bench-smollm2-adapters64", "ours, lossless 4 narrow")),
@@ -452,33 +505,48 @@ def differences_table():
 # --------------------------------------------------------------------------------------------------
 # studies.clash
 
+def clash_counts(labels, kind, run="clash"):
+    """[of each seed]: how many first chunks, of the kind "together", "clash" or "foreign"."""
+    return [own["objectives"][labels][kind] for own in record(f"{run}/clash.json")["each_seed"]]
+
+
+def clash_share(labels, kind):
+    """Of all seeds' chunks."""
+    counts = clash_counts(labels, kind)
+    return sum(counts) / (len(counts) * record("clash/clash.json")["limit"])
+
+
 def clash_table():
-    whole = record("clash/clash.json")
-    names = {"ground truth as labels": "ground truth"}
-    cells = []
-    for name, own in whole["objectives"].items():
+    first, cells = record("clash/clash.json")["each_seed"][0]["objectives"], []
+    for labels, own in first.items():
         likely = [", ".join(f"{text.strip()} {p:.2f}" for text, p in slot[:2])
                   for slot in own["slots"]]
-        together = f"{own['belong_together'] * whole['limit']:.0f} of {whole['limit']}"
-        cells.append([names.get(name, name), *likely, together])
-    return markdown(["targets", "slot 1 holds likely", "slot 2 holds likely",
-                     "chunks that belong together"], cells)
+        counts = [", ".join(map(str, clash_counts(labels, kind))) for kind in clash.KINDS]
+        cells.append([labels, *counts, *likely])
+    return markdown(["labels", "together", "clash", "a foreign word", "slot 1 holds likely",
+                     "slot 2 holds likely"], cells)
 
 
 # --------------------------------------------------------------------------------------------------
 # studies.bench
 
+def races(run, batch=1):
+    return record(f"{run}/bench.json")["races"][str(batch)]
+
+
+def per_pass(entry):
+    """Tokens per pass of a row; an older record has another name for it."""
+    return entry.get("tokens_per_pass", entry.get("tokens_per_pass_and_row"))
+
+
 def race(run, batch=1):
-    """{contender: median, least and most tokens/s, ratio of medians to transformers' and to our
-    k = 1, tokens per pass, how many greedy texts}."""
-    entries = record(f"{run}/bench.json")["races"][str(batch)]
-    middle = {name: statistics.median(e["tokens_per_second"]) for name, e in entries.items()}
-    return {name: {"speed": middle[name],
-                   "least": min(e["tokens_per_second"]), "most": max(e["tokens_per_second"]),
-                   "times_theirs": middle[name] / middle[bench.BASELINE],
-                   "times_k1": middle[name] / middle[bench.PLAIN],
-                   "per_pass": e["tokens_per_pass_and_row"], "greedy": e["greedy_texts"]}
-            for name, e in entries.items()}
+    """{contender: medians over rounds: tokens/s, ratio to transformers and to our k = 1 of the same
+    round; tokens per pass; how many greedy texts, of how many}."""
+    return {name: {"speed": statistics.median(e["tokens_per_second"]),
+                   "times_theirs": statistics.median(e["ratio"]),
+                   "times_k1": statistics.median(e["ratio_to_k1"]),
+                   "per_pass": per_pass(e), "greedy": e["greedy_texts"], "texts": e["texts"]}
+            for name, e in races(run, batch).items()}
 
 
 def speed(tokens_per_second):
@@ -486,25 +554,20 @@ def speed(tokens_per_second):
 
 
 def race_table(run, batch=1):
-    cells = [[name, speed(e["speed"]), f"{speed(e['least'])} to {speed(e['most'])}",
-              f"{e['times_theirs']:.2f}", f"{e['times_k1']:.2f}", f"{e['per_pass']:.2f}",
-              f"{e['greedy']} of {batch}"] for name, e in race(run, batch).items()]
-    return markdown([f"decoding, batch {batch}", "new tokens/s", "range", "vs transformers",
-                     "vs our k = 1", "tokens per pass", "greedy text"], cells)
-
-
-def round_by_round(run, batch=1):
-    """The race in which each round had prompts of its own: ratios are taken round by round."""
-    entries = record(f"{run}/bench.json")["races"][str(batch)]
-    table = bench.race_table(entries, batch).split("\n\n")[-1]
-    return columns(table.replace(" - ", " to "), f"decoding only: decoding, batch {batch}",
-                   "new tokens/s", "times our k = 1", "times transformers",
-                   "tokens per pass and row: tokens per pass")
+    cells = []
+    for name, e in races(run, batch).items():
+        rates = e["tokens_per_second"]
+        cells.append([
+            name, bench.middle(e["ratio_to_k1"], 2), bench.middle(e["ratio"], 2),
+            f"{speed(statistics.median(rates))} ({speed(min(rates))} to {speed(max(rates))})",
+            f"{per_pass(e):.2f}", f"{e['greedy_texts']} of {e['texts']}"])
+    return markdown([f"decoding, batch {batch}", "times our k = 1", "times transformers",
+                     "new tokens/s", "tokens per pass", "greedy text"], cells)
 
 
 def ratio_to_k1(run, contender, batch=1):
     """[of each round]."""
-    return record(f"{run}/bench.json")["races"][str(batch)][contender]["ratio_to_k1"]
+    return races(run, batch)[contender]["ratio_to_k1"]
 
 
 def widths(run):
@@ -528,26 +591,34 @@ def widths_table(**runs):
 # --------------------------------------------------------------------------------------------------
 # studies.efficiency, studies.plan
 
-def efficiency_table(run, name):
+def matmul_rates(run):
+    """FLOP/s of each round."""
+    return record(f"{run}/efficiency.json")["matmul_flop_per_second"]
+
+
+def efficiency_rows(run):
+    """The study's table, computed from its rounds; the matmul rate is their median."""
     whole = record(f"{run}/efficiency.json")
-    text = efficiency.markdown(whole["table"])
-    text = columns(text, f"step: {name}", "supervised tokens/s", "of the first", "per fed token",
-                   "of the matmul rate", "peak, GB")
-    lines = []
-    for line, entry in zip(text.splitlines()[2:], whole["table"]):
-        cells = [cell.strip() for cell in line[1:-1].split("|")]
-        rounds = [r["supervised_tokens_per_second"] for r in whole["each_round"][entry["name"]]]
-        cells[1] = f"{entry['supervised_tokens_per_second']:,.0f} ({cells.pop(2)})"
-        cells.insert(2, f"{min(rounds):,.0f} to {max(rounds):,.0f}")
-        lines.append(cells)
+    peaks = {entry["name"]: entry["peak_bytes"] for entry in whole["table"]}
+    return efficiency.summarise(whole["each_round"], peaks, statistics.median(matmul_rates(run)))
+
+
+def efficiency_table(run, name):
+    whole, table = record(f"{run}/efficiency.json"), efficiency_rows(run)
+    first, cells = table[0]["supervised_tokens_per_second"], []
+    for e in table:
+        rounds = [own["supervised_tokens_per_second"] for own in whole["each_round"][e["name"]]]
+        median = e["supervised_tokens_per_second"]
+        cells.append([e["name"], f"{median:,.0f} ({median / first:.2f}x)",
+                      f"{min(rounds):,.0f} to {max(rounds):,.0f}", f"{e['supervised_share']:.2f}",
+                      f"{e['utilisation']:.0%}", f"{e['peak_bytes'] / 1e9:.2f}"])
     return markdown([name, "supervised tokens/s", "rounds", "per fed token", "of the matmul rate",
-                     "peak, GB"], lines)
+                     "peak, GB"], cells)
 
 
 def peak(run, contender):
     """GB of a training that `efficiency` raced."""
-    table = record(f"{run}/efficiency.json")["table"]
-    return next(e["peak_bytes"] for e in table if e["name"] == contender) / 1e9
+    return next(e["peak_bytes"] for e in efficiency_rows(run) if e["name"] == contender) / 1e9
 
 
 def step_seconds(run):
@@ -559,9 +630,8 @@ def step_seconds(run):
 
 def first_ratio(run, contender):
     """Supervised tokens/s of a contender over those of the first one."""
-    table = record(f"{run}/efficiency.json")["table"]
-    own = {entry["name"]: entry["supervised_tokens_per_second"] for entry in table}
-    return own[contender] / table[0]["supervised_tokens_per_second"]
+    own = {e["name"]: e["supervised_tokens_per_second"] for e in efficiency_rows(run)}
+    return own[contender] / next(iter(own.values()))
 
 
 def trained_part(plan):
@@ -643,12 +713,13 @@ def cascade_claims(run):
 
 FUNCTIONS = [
     unlogged, record, counted, strategies, evaluation, decoding_table, accuracy, against_start,
-    rows_settings, start_texts, acceptance, at_a_glance, beside_the_paper, log, training, trainings,
-    mean_loss, agreement, agreement_table, cost_table, ways_table, joined, overconfident,
-    overconfident_from, calibration_table, ablation_table, against, by_seed, comparisons,
-    t_quantile, verdicts, differences_table, clash_table, race, race_table, round_by_round,
-    ratio_to_k1, median_ratio, widths, widths_table, efficiency_table, first_ratio, peak,
-    step_seconds, plan_table, measured_table, cascade_runs, cascade_table, cascade_claims]
+    rows_settings, start_texts, chosen, thresholds_table, kinds_table, acceptance, at_a_glance,
+    beside_the_paper, log, training, trainings, mean_loss, agreement, agreement_table,
+    cost_table, ways_table, joined, overconfident, overconfident_from, calibration_table,
+    ablation_table, against, by_seed, comparisons, t_quantile, verdicts, differences_table,
+    clash_counts, clash_share, clash_table, race, race_table, ratio_to_k1, matmul_rates,
+    median_ratio, widths, widths_table, efficiency_table, first_ratio, peak, step_seconds,
+    plan_table, measured_table, cascade_runs, cascade_table, cascade_claims]
 FILTERS = [to, plus_minus, rate, giga, word, threads, points, columns, as_drafts, flag, speed]
 
 

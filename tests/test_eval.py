@@ -153,7 +153,7 @@ def test_summary_by_hand():
         evaluation.START: plain, "k = 1": plain, "static 2": static})
     start, one, two = table
     assert [entry["strategy"] for entry in table] == ["start, k = 1", "k = 1", "static 2"]
-    assert "difference" not in start and "identical_text" not in start
+    assert start["difference"] == (0, 0) and start["identical_text"] == start["shared_prefix"] == 1
     assert one["difference"] == (0, 0) and one["speed_up"] == 1.0
     assert two["difference"] == pytest.approx((0.5, 1.96 * 0.5))
     assert (two["accuracy"], two["accuracy_strict"], two["questions"]) == (1.0, 0, 2)
@@ -165,8 +165,8 @@ def test_summary_by_hand():
         "| new tokens/s (after the prompt) | speed-up (rounds) "
         "| cut off | same text | before first difference | loss under start |",
         "|---|---|---|---|---|---|---|---|---|---|",
-        "| start, k = 1 | 50.0 +- 50.0 |  | 1.00 +- 0.00 (1.00) | 1.5 (1.3) "
-        "| 1.00x (1.00 to 1.00) | 50% |  |  | 0.500 |",
+        "| start, k = 1 | 50.0 +- 50.0 | +0.0 +- 0.0 | 1.00 +- 0.00 (1.00) | 1.5 (1.3) "
+        "| 1.00x (1.00 to 1.00) | 50% | 100% | 100% | 0.500 |",
         "| k = 1 | 50.0 +- 50.0 | +0.0 +- 0.0 | 1.00 +- 0.00 (1.00) | 1.5 (1.3) "
         "| 1.00x (1.00 to 1.00) | 50% | 100% | 100% | 0.500 |",
         "| static 2 | 100.0 +- 0.0 | +50.0 +- 98.0 | 2.00 +- 0.00 (2.00) | 3.0 (1.3) "

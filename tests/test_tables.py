@@ -15,6 +15,7 @@ from test_cli import cli
 
 from common import paper
 from common.cli import InputError
+from common.records import compact
 from eval_gsm8k import markdown
 from studies import ablate, tables
 
@@ -96,7 +97,7 @@ def test_nor_does_an_expression(_, template):
     named = {"README.md": ["0.99", "0.9"], "results.md": ["0.9", "2", "0.95", "2"]}
     assert given == named[template]
     # the numbers for which there is no log are known, one by one
-    unlogged = {"README.md": [], "results.md": ["20", "1440", "112", "2", "128"]}
+    unlogged = {"README.md": [], "results.md": ["2", "128"]}
     assert sorted(re.findall(r"unlogged\((.*?)\)", text)) == sorted(unlogged[template])
 
 
@@ -112,18 +113,17 @@ def test_the_papers_numbers_stand_in_one_place():
 def test_what_the_words_say():
     """Claims without a number of their own: the same text, slower, the highest."""
     runs = ["tiny-k8", "tiny-k3", "tiny-heads4", "tiny-loop8", "tiny-adapters64",
-            "tiny-adapters64-500", "tiny-adapters64-2000", "smollm2-answers-lr1e-4/eval",
+            "tiny-adapters64-500", "tiny-adapters64-2000", "smollm2-masks/eval",
             "smollm2-heads/eval", "smollm2-adapters64/eval"]
     lossless = [own for run in runs for name, own in tables.strategies(run).items()
                 if name.startswith("lossless")]
     assert len(lossless) >= 12 and all(own["identical_text"] == 1 for own in lossless)
-    for run, batch in (("bench-smollm2-k4", 1), ("bench-tiny-k8", 1), ("bench-tiny-k8", 8)):
+    for run, batch in (("bench-smollm2-masks", 1), ("bench-smollm2-adapters64", 1),
+                       ("bench-tiny-k8", 1), ("bench-tiny-k8", 8)):
         for name, own in tables.race(run, batch).items():
-            if re.search("k = 1|lossless|static", name):
-                assert own["greedy"] == (0 if "static" in name else batch), (run, name)
-    eight = tables.race("bench-tiny-k8", 8)
-    for name in ("adaptive 0.9", "lossless 8", "lossless 8 narrow"):
-        assert eight[f"ours, {name}"]["times_k1"] < 1
+            if re.search("k = 1|lossless", name):
+                assert own["greedy"] == own["texts"], (run, name)
+    assert tables.race("bench-tiny-k8", 8)["ours, lossless 8"]["times_k1"] < 1
     for way in ("adapters64", "heads4"):
         plan = tables.record(f"plan/qwen3-4b-instruct-2507-{way}.json")
         assert plan["largest_micro_batch_size"]["24"] > 0
@@ -153,18 +153,21 @@ def test_one_command_writes_both(tmp_path):
 # Another number in a log: another page
 
 @pytest.mark.parametrize("file, old, new, page", [
-    ("tiny-k8/table.json", '"accuracy": 0.939', '"accuracy": 0.938', "README.md"),
-    ("tiny-k8/batch1/table.json", '"speed_up": 3.36', '"speed_up": 3.46', "README.md"),
+    ("tiny-k8/batch1/rows.jsonl.gz", '"seconds": 0.1', '"seconds": 0.3', "README.md"),
     ("tiny-k8/rows.jsonl.gz", '"correct": 1', '"correct": 0', "README.md"),
+    ("tiny-k8/validation/rows.jsonl.gz", '"correct": 1', '"correct": 0', "README.md"),
+    ("tiny-familiar/unfamiliar/rows.jsonl.gz", '"correct": 1', '"correct": 0', "results.md"),
     ("tiny-k8/log.jsonl", '"minutes": 24.448', '"minutes": 25.448', "README.md"),
     ("bench-smollm2-heads/bench.json", '"ratio_to_k1": [', '"ratio_to_k1": [9, 9, 9, ',
      "README.md"),
     ("smollm2-answers-lr1e-4/log.jsonl", '"agreement": [0.9', '"agreement": [0.8', "results.md"),
     ("confidence-tiny-k8/confidence.json", '"tokens": 3058', '"tokens": 3059', "results.md"),
     ("ablation/default-0/rows.jsonl.gz", '"correct": 1', '"correct": 0', "results.md"),
-    ("clash/clash.json", '"belong_together": 0.455', '"belong_together": 0.465', "results.md"),
+    ("clash/clash.json", '"together": 1', '"together": 2', "results.md"),
     ("bench-tiny-k8/bench.json", '"tokens_per_second": [', '"tokens_per_second": [9, 9, 9, ',
      "results.md"),
+    ("efficiency-tiny/efficiency.json", '"matmul_flop_per_second": [', '"matmul_flop_per_second": '
+     '[9e11, 9e11, 9e11, ', "results.md"),
     ("efficiency-tiny/efficiency.json", '"peak_bytes": 1', '"peak_bytes": 2', "results.md"),
     ("plan/qwen3-0.6b.json", '"estimated_bytes": 1', '"estimated_bytes": 2', "results.md"),
     ("plan/tiny-measured.json", '"process": 1', '"process": 2', "results.md"),
@@ -227,40 +230,69 @@ def write_lines(path, rows):
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
 
 
-def entry(strategy, accuracy, **more):
-    return {"strategy": strategy, "questions": 4, "accuracy": accuracy, "stderr": 0.01,
-            "tokens_per_forward": 2.345, "tokens_per_forward_std": 0.1, "tokens_per_second": 10.0,
-            "tokens_per_second_decoding": 11.0, "speed_up": 1.5, "cut_off": 0.0} | more
+def row(i, strategy, correct, tokens, drafts=(), **more):
+    return {"id": i, "strategy": strategy, "batch": i // 2 * 2, "batch_rows": 2,
+            "correct": correct, "correct_strict": correct, "tokens": tokens, "chunks": [1] *
+            len(tokens), "drafts": list(drafts), "finish": "stop", "seconds": 2.0,
+            "prompt_seconds": 0.5, "start_loss": 0.5} | more
+
+
+def evaluated(folder, rows):
+    """An evaluation's two files; the table names the strategies, in another order than the rows."""
+    names = list(dict.fromkeys(own["strategy"] for own in rows))
+    folder.mkdir(parents=True)
+    write_json(folder / "table.json", {
+        "settings": {"batch_size": 2}, "device": "cpu: x, 1 threads",
+        "table": [{"strategy": name.replace("static 1", "k = 1")} for name in names]})
+    write_lines(folder / "rows.jsonl.gz", [{"batch_size": 2}, *reversed(rows)])
 
 
 def test_an_evaluation(results):
-    table = [entry("start, k = 1", 0.75), entry("k = 1", 0.5, identical_text=1.0,
-                                                shared_prefix=1.0, difference=[0, 0])]
-    (results / "run").mkdir()
-    write_json(results / "run" / "table.json",
-               {"settings": {"batch_size": 8}, "device": "cpu: x, 1 threads", "table": table})
-    assert tables.record("run/table.json")["settings"] == {"batch_size": 8}
-    assert tables.strategies("run")["k = 1"] == table[1]
-    assert tables.evaluation("run") == {"batch_size": 8, "device": "cpu: x, 1 threads"}
-    assert tables.decoding_table("run") + "\n" == markdown(table)
-    assert tables.accuracy(table[0]) == (75, 1)
+    """All numbers come from the rows, whole or compact."""
+    rows = [row(i, "start, k = 1", 1, [i, 7]) for i in range(4)]
+    rows += [row(i, "static 1", int(i > 0), [i, 7]) for i in range(4)]     # an older name of k = 1
+    rows += [row(i, "lossless 3", 1, [i % 3, 7], [[2, 2], [2, 1], [0, 0]], seconds=1.0 + i)
+             for i in range(4)]
+    evaluated(results / "run", rows)
+    found = tables.strategies("run")
+    assert list(found) == ["start, k = 1", "k = 1", "lossless 3"]
+    assert (found["k = 1"]["accuracy"], found["lossless 3"]["identical_text"]) == (0.75, 0.75)
+    assert found["lossless 3"]["speed_ups"] == [2 / 2, 2 / 4]               # two batches
+    assert tables.decoding_table("run") + "\n" == markdown(list(found.values()))
+    assert tables.accuracy(found["start, k = 1"]) == (100, 0)
+    assert tables.evaluation("run") == {"batch_size": 2, "device": "cpu: x, 1 threads"}
+    assert tables.rows_settings("run") == {"batch_size": 2}
     with pytest.raises(InputError):
         tables.strategies("nosuch")
-
-    def row(i, strategy, correct, tokens, drafts=()):
-        return {"id": i, "strategy": strategy, "correct": correct, "tokens": tokens,
-                "drafts": list(drafts)}
-
-    rows = [row(i, "start, k = 1", 1, [i]) for i in range(4)]
-    rows += [row(i, "static 1", int(i > 0), [i]) for i in range(4)]        # an older name of k = 1
-    rows += [row(i, "lossless 3", 1, [i % 3], [[2, 2], [2, 1], [0, 0]]) for i in range(4)]
-    write_lines(results / "run" / "rows.jsonl.gz", [{"batch_size": 2}, *rows])
-    assert tables.rows_settings("run") == {"batch_size": 2}
     difference, interval = tables.against_start("run")
     assert difference == -25 and interval == pytest.approx(49)             # 1.96 * 0.5 / sqrt(4)
     assert tables.start_texts("run", "k = 1") == 4
     assert tables.start_texts("run", "k = 1", "lossless 3") == 3
     assert tables.acceptance("run", "lossless 3") == (8, [1, 0.5])
+
+    plain = {own["id"]: own for own in rows if own["strategy"] == "static 1"}
+    evaluated(results / "compact", [compact(own, plain[own["id"]]) for own in rows])
+    assert tables.strategies("compact") == found
+    assert tables.start_texts("compact", "k = 1", "lossless 3") == 3
+    assert tables.against_start("compact") == (difference, interval)
+
+
+def test_which_threshold(results):
+    """Chosen where it is not reported: the lowest within the limit, whatever the order."""
+    def rows(wrong):
+        found = [row(i, "k = 1", 1, [i]) for i in range(100)]
+        for name, n in wrong.items():
+            found += [row(i, name, int(i >= n), [i]) for i in range(100)]
+        return found
+
+    evaluated(results / "validation", rows(
+        {"adaptive 0.99": 0, "adaptive 0.9": 1, "adaptive 0.95": 0, "adaptive 0.8": 2}))
+    evaluated(results / "test", rows(
+        {"adaptive 0.9": 3, "adaptive 0.99": 1, "adaptive 0.8": 0, "adaptive 0.95": 0}))
+    assert tables.chosen("validation") == "0.9" and tables.chosen("test") == "0.8"
+    lines = tables.thresholds_table("validation", "test").splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| 0.99", "| 0.9", "| 0.95", "| 0.8"]
+    assert lines[1].startswith("| 0.9 | -1.0 +- 2.0 | 1.00 | -3.0 +- ")
 
 
 def test_a_training(results):
@@ -328,51 +360,57 @@ def test_ablation(results):
 
 
 def test_clash(results):
-    own = {"belong_together": 0.455, "slots": [[["6", 0.69], ["2", 0.3]], [[" toys", 0.36]]]}
+    def seed(together, clash, foreign):
+        own = {"together": together, "clash": clash, "foreign": foreign,
+               "slots": [[["6", 0.69], ["2", 0.3]], [[" toys", 0.36]]]}
+        return {"objectives": {"ground truth as labels": own}}
+
     (results / "clash").mkdir()
     write_json(results / "clash" / "clash.json",
-               {"limit": 200, "objectives": {"ground truth as labels": own}})
+               {"limit": 200, "each_seed": [seed(91, 98, 11), seed(109, 90, 1)]})
     assert tables.clash_table().splitlines()[2] == (
-        "| ground truth | 6 0.69, 2 0.30 | toys 0.36 | 91 of 200 |")
+        "| ground truth as labels | 91, 109 | 98, 90 | 11, 1 | 6 0.69, 2 0.30 | toys 0.36 |")
+    assert tables.clash_counts("ground truth as labels", "clash") == [98, 90]
+    assert tables.clash_share("ground truth as labels", "together") == 0.5
 
 
 def test_bench(results):
-    def contender(rates, k1):
-        return {"tokens_per_second": rates, "tokens_per_pass_and_row": 1.5, "greedy_texts": 2,
-                "texts": 2, "peak_mebibytes": 1, "ratio": [1, 2, 3], "ratio_to_k1": k1}
+    """An older record has another name for tokens per pass."""
+    def contender(rates, k1, **per_pass):
+        return {"tokens_per_second": rates, "greedy_texts": 2, "texts": 3, "peak_mebibytes": 1,
+                "ratio": [1, 2, 3], "ratio_to_k1": k1} | per_pass
 
     (results / "run").mkdir()
     write_json(results / "run" / "bench.json", {
-        "races": {"1": {"transformers, greedy": contender([10, 20, 30], [1, 1, 1]),
-                        "ours, k = 1": contender([40, 50, 60], [1, 1, 1]),
-                        "ours, lossless 3 heads": contender([100, 900, 1100], [2, 3, 4])}},
+        "races": {"1": {"ours, k = 1": contender([40, 50, 60], [1, 1, 1], tokens_per_pass=1.0),
+                        "ours, lossless 3 heads": contender(
+                            [100, 900, 1100], [2, 3.5, 3], tokens_per_pass_and_row=1.5)}},
         "milliseconds_by_width": {"1": 20.0, "4": 30.0}})
-    race = tables.race("run")
-    assert race["ours, k = 1"]["times_theirs"] == 2.5 and race["ours, k = 1"]["speed"] == 50
-    assert race["ours, lossless 3 heads"]["times_k1"] == 18
+    own = tables.race("run")["ours, lossless 3 heads"]
+    assert (own["times_theirs"], own["times_k1"], own["speed"]) == (2, 3, 900)
+    assert (own["per_pass"], own["greedy"], own["texts"]) == (1.5, 2, 3)
     assert tables.race_table("run").splitlines()[-1] == (
-        "| ours, lossless 3 heads | 900 | 100 to 1,100 | 45.00 | 18.00 | 1.50 | 2 of 1 |")
-    assert tables.round_by_round("run").splitlines()[-1] == (
-        "| ours, lossless 3 heads | 900.0 (100.0 to 1100.0) | 3.00 (2.00 to 4.00) | "
-        "2.00 (1.00 to 3.00) | 1.50 |")
-    assert tables.ratio_to_k1("run", "ours, lossless 3 heads") == [2, 3, 4]
+        "| ours, lossless 3 heads | 3.00 (2.00 to 3.50) | 2.00 (1.00 to 3.00) | 900 (100 to 1,100) "
+        "| 1.50 | 2 of 3 |")
+    assert tables.ratio_to_k1("run", "ours, lossless 3 heads") == [2, 3.5, 3]
     assert tables.widths("run") == {1: 20, 4: 30}
     assert tables.widths_table(x="run").splitlines()[2:] == [
         "| x, ms | 20.0 | 30.0 |", "| times one token | 1.00 | 1.50 |"]
 
 
 def test_efficiency(results):
-    def own(name, rate):
-        return {"name": name, "supervised_tokens_per_second": rate, "utilisation": 0.4,
-                "flop_per_second": 1e9, "supervised_share": 0.25, "peak_bytes": 2e9}
+    """From the rounds; of the matmul rates the median."""
+    def rounds(rate):
+        return [{"seconds": s, "flop": s * 4e9, "slots": 25, "fed_tokens": 100,
+                 "supervised_tokens_per_second": rate * s / 20} for s in (10, 20, 60)]
 
     (results / "run").mkdir()
-    rounds = [{"seconds": s, "supervised_tokens_per_second": s} for s in (10, 20, 60)]
     write_json(results / "run" / "efficiency.json", {
-        "steps": 3, "table": [own("before", 1000), own("now", 1500)],
-        "each_round": {"before": rounds, "now": rounds}})
+        "steps": 3, "table": [{"name": name, "peak_bytes": 2e9} for name in ("before", "now")],
+        "matmul_flop_per_second": [10e9, 90e9, 8e9],
+        "each_round": {"before": rounds(1000), "now": rounds(1500)}})
     assert tables.efficiency_table("run", "tiny").splitlines()[-1] == (
-        "| now | 1,500 (1.50x) | 10 to 60 | 0.25 | 40% | 2.00 |")
+        "| now | 1,500 (1.50x) | 750 to 4,500 | 0.25 | 40% | 2.00 |")
     assert tables.first_ratio("run", "now") == 1.5 and tables.peak("run", "now") == 2
     assert tables.step_seconds("run") == [10, 10]
 
