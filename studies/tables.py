@@ -201,12 +201,12 @@ def start_texts(run, *names):
                for theirs, *texts in zip(texts("start, k = 1"), *own))
 
 
-def chosen(run, most=0.01):
+def chosen(run, most=0.02):
     """The lowest threshold that costs at most `most` of accuracy against k = 1, by the point
-    estimate on validation problems; as a text, "0.9"."""
+    estimate on validation problems; as a text, "0.9", or None."""
     found = [name.removeprefix("adaptive ") for name, own in strategies(run).items()
              if name.startswith("adaptive") and own["difference"][0] >= -most]
-    return min(found, key=float)
+    return min(found, key=float, default=None)
 
 
 def thresholds_table(validation, test):

@@ -95,13 +95,14 @@ def test_every_file_of_the_tutorial_and_every_study_is_in_the_map():
     files = [path.name for path in ROOT.glob("*.py")]
     assert len(files) >= 6 and [file for file in files if f"[{file}]({file})" not in README] == []
     studies = {path.stem for path in (ROOT / "studies").glob("[!_]*.py")}
-    row = README[README.index("- [studies/]"):].split("\n## ")[0]
-    assert studies <= set(re.findall(r"\w+", row))
+    assert "[list](studies/__init__.py)" in README
+    listed = (ROOT / "studies" / "__init__.py").read_text(encoding="utf-8").split('"""')[1]
+    assert studies <= set(re.findall(r"\w+", listed))
 
 
 def test_it_stays_short():
     """One sitting."""
-    assert len(README.split()) <= 1520
+    assert len(README.split()) <= 1540
 
 
 def test_one_command_draws_all_figures(tmp_path):

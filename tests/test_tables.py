@@ -127,6 +127,9 @@ def test_what_the_words_say():
     for way in ("adapters64", "heads4"):
         plan = tables.record(f"plan/qwen3-4b-instruct-2507-{way}.json")
         assert plan["largest_micro_batch_size"]["24"] > 0
+    # none within one point, and one within two
+    assert tables.chosen("tiny-k8/validation", 0.01) is None
+    assert tables.chosen("tiny-k8/validation", 0.02) is not None
     table = ablate.summarise(tables.ablation())
     order = sorted(table, key=lambda variant: table[variant]["k = 1"][0], reverse=True)
     assert order[0] == "prefix loss"
@@ -289,7 +292,8 @@ def test_which_threshold(results):
         {"adaptive 0.99": 0, "adaptive 0.9": 1, "adaptive 0.95": 0, "adaptive 0.8": 2}))
     evaluated(results / "test", rows(
         {"adaptive 0.9": 3, "adaptive 0.99": 1, "adaptive 0.8": 0, "adaptive 0.95": 0}))
-    assert tables.chosen("validation") == "0.9" and tables.chosen("test") == "0.8"
+    assert tables.chosen("validation", 0.01) == "0.9" and tables.chosen("test") == "0.8"
+    assert tables.chosen("validation") == "0.8" and tables.chosen("validation", -1) is None
     lines = tables.thresholds_table("validation", "test").splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == ["| 0.99", "| 0.9", "| 0.95", "| 0.8"]
     assert lines[1].startswith("| 0.9 | -1.0 +- 2.0 | 1.00 | -3.0 +- ")
