@@ -11,8 +11,9 @@ flexible-extract on all 1319 test questions of GSM8K.
 Always among the strategies is k = 1 of the same checkpoint, which all others are compared with,
 question by question; with --baseline also k = 1 of the start checkpoint. Strategies take turns
 within each batch of questions, and who begins changes, so that a slow minute of the machine hits
-all of them alike. Speed-up is a ratio of seconds for the same questions: in each of five rounds
-(fifths of the batches) k = 1's over one's own, of which the table has the median and the range.
+all of them alike. Speed-up is a ratio of seconds for the same questions, k = 1's over one's own, in
+each of five rounds (fifths of the batches; of fewer batches, each); the table has the median and
+the range.
 
 Every answer becomes a row of OUT/rows.jsonl as soon as its batch is done, so a killed run goes on
 with --resume. At the end: OUT/table.md, OUT/table.json and OUT/pareto.png.
@@ -144,8 +145,10 @@ def summarise(rows):
     """{strategy: list of rows} -> one dict per strategy, in order, compared with k = 1's rows.
 
     Rows are those of rows.jsonl or, all of them, of rows.jsonl.gz (common/records.py): it makes no
-    difference.
+    difference. Each list has the same questions in the same order.
     """
+    for own in rows.values():
+        assert [row["id"] for row in own] == [row["id"] for row in rows[PLAIN.name]]
     rows = {name: [compact(row, plain) for row, plain in zip(own, rows[PLAIN.name])]
             for name, own in rows.items()}
     table, plain = [], rows[PLAIN.name]
@@ -193,9 +196,9 @@ LEGEND = """\
 accuracy: percent +- standard error; vs k = 1: paired difference +- 95% interval; tokens per
 forward: mean +- standard deviation over questions, in brackets pooled (all tokens / all passes);
 tokens/s: of what is written, in brackets without the prompt's pass; speed-up: seconds of k = 1 /
-own seconds for the same questions, all answers to their end, median (range) of five rounds; cut
-off: answers that reached --max-new-tokens; same text: as k = 1's; before first difference: share of
-k = 1's tokens; loss under start: of the text, nats per token, where --baseline names it.
+own seconds for the same questions, all answers to their end, median (range) of rounds; cut off:
+answers that reached --max-new-tokens; same text: as k = 1's; before first difference: share of k =
+1's tokens; loss under start: of the text, nats per token, where --baseline names it.
 """
 
 

@@ -63,7 +63,7 @@ from speculate import speculate
 PRESETS = {
     "tiny": {},
     "smollm2": dict(
-        model="smollm2-135m", data="gsm8k", k=4, slot1_weight=2, lr=1e-4, warmup=60,
+        model="smollm2-135m", data="gsm8k", k=4, lr=1e-4, warmup=60,
         batch_size=4, micro_batch_size=4, seq_len=224, steps=600, cooldown=300, eval_every=200,
         eval_prompts=8, max_new_tokens=96, save_every=40),
     # One head's weights at four depths: they learn from each row four times

@@ -61,6 +61,7 @@ def read_note(raw):
         field(note, "mask_token_id", int, 0, least=0, most=10 ** 8, where=where)
         for name in ("bidirectional", "loop"):
             field(note, name, bool, False, where=where)
+        field(note, "data", str, "", where=where)
         if field(note, "prompt_format", str, "plain", where=where) not in ("plain", "chat"):
             raise InputError(f"{where}: prompt_format is {note['prompt_format']!r}")
     return note

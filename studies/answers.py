@@ -24,7 +24,7 @@ from common.cli import SWITCH, ArgumentParser, InputError, reading
 from common.data import load_data
 from common.files import read_json, write_json
 from common.hub import DEFAULT_MODEL, resolve
-from common.machine import keep_freed_memory, machine, pick_device, pick_dtype
+from common.machine import dtype_name, keep_freed_memory, machine, pick_device, pick_dtype
 from common.progress import Progress
 from common.records import fingerprint, json_lines
 from common.tokenizer import Tokenizer
@@ -42,6 +42,20 @@ def answered(path, questions):
         if [row["question"] for row in rows] != list(questions[:len(rows)]):
             raise InputError(f"{path} answers other questions: resume with the same flags")
     return len(rows)
+
+
+def earlier_pieces(path, piece):
+    """Of how the rows in a file came about; InputError where it was not as `piece` would go on."""
+    if not path.exists():
+        return []
+    with reading(path):
+        pieces = list(read_json(path)["pieces"])
+        for name in ("start weights", "prompt_format", "max_new_tokens", "dtype"):
+            if pieces[-1][name] != piece[name]:
+                raise InputError(f"{path} says that its rows were made with {name} "
+                                 f"{pieces[-1][name]}, not {piece[name]}: resume with the same "
+                                 "flags, or choose another --out")
+    return pieces
 
 
 def main():
@@ -65,7 +79,9 @@ def main():
     out = Path(args.out)
     if out.suffix != ".jsonl":
         raise InputError(f"--out {out} must end in .jsonl, which is how --data knows such a file")
-    cli.spare(out, args.resume)
+    note = out.with_suffix(".json")
+    for file in (out, note):
+        cli.spare(file, args.resume)
 
     # --- questions and model
     train, _ = load_data(args.data, 0, args.seed)
@@ -84,9 +100,10 @@ def main():
     prompts, questions = zip(*pairs)
 
     # --- how the rows came about: a dict for each piece, one that was killed has no minutes
-    note, began = out.with_suffix(".json"), time.perf_counter()
-    pieces = read_json(note)["pieces"] if args.resume and note.exists() else []
-    pieces.append(vars(args) | machine(device) | {"start weights": fingerprint(folder)})
+    piece = vars(args) | machine(device) | {
+        "start weights": fingerprint(folder), "prompt_format": style,
+        "dtype": dtype_name(next(model.parameters()).dtype)}
+    pieces, began = [*earlier_pieces(note, piece), piece], time.perf_counter()
 
     # --- answer; a batch is on disk as soon as it is done
     with cli.writing(out), open(out, "a", encoding="utf-8") as file:

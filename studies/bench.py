@@ -3,7 +3,7 @@ Decoding speed: ours, beside transformers', with the same weights, questions, th
 
     python -m studies.bench                         # out/latest or tiny-mtp: some minutes
     python -m studies.bench --model smollm2-135m --data gsm8k --batch-size 1 --limit 10
-    python -m studies.bench --model out-heads --data questions.jsonl --rounds 20
+    python -m studies.bench --model out-heads --data questions.jsonl --rounds 20 --batch-size 1
 
 Every contender lives in a process of its own and loads its own copy of the weights. They take
 turns, one round each, and another one begins each round (a machine whose speed drifts favours
@@ -140,14 +140,24 @@ def race(strategies, args, rounds):
         process = context.Process(
             target=contender, args=(theirs, name, strategy, args), daemon=True)
         process.start()
+        theirs.close()                                  # or its death would not be noticed here
         processes[name] = (process, ours)
-    for name, (_, pipe) in processes.items():
+
+    def reply(name, batches=None):
+        """What a contender answers, to `batches` or by itself; InputError with why it does not."""
+        pipe = processes[name][1]
         try:
+            if batches is not None:
+                pipe.send(batches)
             answer = pipe.recv()
-        except EOFError:
-            answer = "its process died"
-        if answer != "ready":
-            raise InputError(f"{name} could not start: {answer}")
+        except (EOFError, OSError):
+            answer = "its process died (out of memory?)"
+        if isinstance(answer, str) and answer != "ready":
+            raise InputError(f"{name} failed: {answer}")
+        return answer
+
+    for name in strategies:
+        reply(name)
 
     came, names = {name: [] for name in strategies}, list(strategies)
     turns = rounds[:1] * args.warmup + rounds
@@ -156,14 +166,9 @@ def race(strategies, args, rounds):
         for turn, batches in enumerate(turns):
             begins = turn % len(names)
             for name in names[begins:] + names[:begins]:
-                pipe = processes[name][1]
-                pipe.send(batches)
-                answer = pipe.recv()
-                if isinstance(answer, str):
-                    raise InputError(f"{name} failed: {answer}")
+                texts, seconds, *_ = answer = reply(name, batches)
                 if turn >= args.warmup:
                     came[name].append(answer)
-                texts, seconds, *_ = answer
                 bar.update()
                 bar.set_postfix_str(f"{name}: {sum(map(len, texts)) / seconds:.1f} new tokens/s")
     for process, pipe in processes.values():
@@ -303,6 +308,8 @@ def get_args():
     cli.add_machine_flags(add)
     args = parser.parse_args()
     cli.at_least(args, limit=1, batch_size=1, max_new_tokens=2, rounds=1, warmup=0, threads=1)
+    if args.limit > 1000:
+        raise InputError(f"--limit {args.limit} is more than a race needs: at most 1000")
     if args.limit % args.rounds:
         raise InputError(f"--limit {args.limit} must be a multiple of --rounds {args.rounds}")
     for size in args.batch_size:
@@ -315,7 +322,7 @@ def get_args():
 def make_rounds(args, tokenizer, style):
     """What rounds ask: lists of prompts of one length. InputError where --data has too few."""
     size, rounds, alike = args.limit // args.rounds, [], {}
-    for row in load_questions(args.data, 100 * args.limit, 0, args.seed)[0]:
+    for row in load_questions(args.data, 100 * size * args.rounds, 0, args.seed)[0]:
         prompt = tokenizer.prompt(row["question"], style)
         some = alike.setdefault(len(prompt), [])
         some.append(prompt)

@@ -84,7 +84,8 @@ def measure(folder, rows, k, device, dtype):
 def trainings(seed, args, out):
     """The start and from there both ways, each with its own bar, in folders of `out`. Returns the
     unseen rows and {labels: folder}."""
-    # as many rows as are read: what comes round again is learned by heart, the coin with it
+    # about as many rows as a training reads: what comes round again and again is learned by heart,
+    # the coin with it. (The second trainings, both of them, read the start's rows once more.)
     rows = rows_of(seed, BATCH * args.steps + args.limit + 100)
     rows = list({row["question"]: row for row in rows}.values())
     unseen, seen = rows[:args.limit], rows[args.limit:]

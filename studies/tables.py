@@ -554,15 +554,18 @@ def speed(tokens_per_second):
 
 
 def race_table(run, batch=1):
-    cells = []
-    for name, e in races(run, batch).items():
+    cells, entries = [], races(run, batch)
+    for name, e in entries.items():
         rates = e["tokens_per_second"]
+        # an older record has no count: there all contenders write equally many
+        written = sum(e.get("tokens", [1])) / sum(entries[bench.PLAIN].get("tokens", [1]))
         cells.append([
             name, bench.middle(e["ratio_to_k1"], 2), bench.middle(e["ratio"], 2),
             f"{speed(statistics.median(rates))} ({speed(min(rates))} to {speed(max(rates))})",
-            f"{per_pass(e):.2f}", f"{e['greedy_texts']} of {e['texts']}"])
+            f"{written:.0%}", f"{per_pass(e):.2f}", f"{e['greedy_texts']} of {e['texts']}"])
     return markdown([f"decoding, batch {batch}", "times our k = 1", "times transformers",
-                     "new tokens/s", "tokens per pass", "greedy text"], cells)
+                     "new tokens/s", "tokens written, of k = 1's", "tokens per pass",
+                     "greedy text"], cells)
 
 
 def ratio_to_k1(run, contender, batch=1):
@@ -614,11 +617,6 @@ def efficiency_table(run, name):
                       f"{e['utilisation']:.0%}", f"{e['peak_bytes'] / 1e9:.2f}"])
     return markdown([name, "supervised tokens/s", "rounds", "per fed token", "of the matmul rate",
                      "peak, GB"], cells)
-
-
-def peak(run, contender):
-    """GB of a training that `efficiency` raced."""
-    return next(e["peak_bytes"] for e in efficiency_rows(run) if e["name"] == contender) / 1e9
 
 
 def step_seconds(run):
@@ -716,11 +714,11 @@ FUNCTIONS = [
     rows_settings, start_texts, chosen, thresholds_table, kinds_table, acceptance, at_a_glance,
     beside_the_paper, log, training, trainings, mean_loss, agreement, agreement_table,
     cost_table, ways_table, joined, overconfident, overconfident_from, calibration_table,
-    ablation_table, against, by_seed, comparisons, t_quantile, verdicts, differences_table,
+    ablation_table, by_seed, comparisons, t_quantile, verdicts, differences_table,
     clash_counts, clash_share, clash_table, race, race_table, ratio_to_k1, matmul_rates,
-    median_ratio, widths, widths_table, efficiency_table, first_ratio, peak, step_seconds,
+    widths, widths_table, efficiency_table, first_ratio, step_seconds,
     plan_table, measured_table, cascade_runs, cascade_table, cascade_claims]
-FILTERS = [to, plus_minus, rate, giga, word, threads, points, columns, as_drafts, flag, speed]
+FILTERS = [to, plus_minus, rate, giga, word, threads, columns, as_drafts, flag, speed]
 
 
 def render(template):

@@ -6,6 +6,7 @@ import functools
 import json
 import random
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -328,6 +329,14 @@ def test_flags_that_do_not_go_with_it(tiny, tmp_path, flags):
     assert_refused(result, "--adapters leaves the text as it is")
     assert_refused(cli(train, "--model", tiny, "--adapters", 4, "--heads", 2), "--adapters belongs")
     assert_refused(cli(train, "--model", tiny, "--merge-start"), "--merge-start belongs to")
+
+
+@pytest.mark.parametrize("method", [["--adapters", "4"], ["--heads", "2"]])
+def test_no_preset_stands_in_the_way(monkeypatch, method):
+    """No flag is refused that nobody typed."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "smollm2", *method])
+    args = train.get_args()
+    assert args.model == "smollm2-135m" and (args.adapters or args.heads)
 
 
 def test_evaluation_beside_the_start(start, trained, tmp_path):

@@ -3,14 +3,17 @@ studies/bench.py on a tiny random model: every contender decodes, texts are comp
 arithmetic of the tables. (What it refuses is in test_cli.py.)
 """
 import argparse
+import itertools
 import json
 import multiprocessing
 import shutil
 
+import pytest
 import torch
 from conftest import ROOT, train_briefly
 from test_cli import cli
 
+from common.cli import InputError
 from common.files import read_json
 from common.tokenizer import Tokenizer
 from model import Transformer
@@ -75,9 +78,12 @@ def test_texts_end_where_they_end(monkeypatch, tmp_path):
     record = raced(model, tmp_path / "bench", monkeypatch, "--limit", 4, "--rounds", 2,
                    "--batch-size", 1, 2, "--max-new-tokens", 150)
     for race in record["races"].values():
-        for name in ("transformers, greedy", "ours, k = 1", "ours, lossless 8 narrow"):
+        for name in {"transformers, greedy", "transformers, prompt lookup", "ours, k = 1",
+                     "ours, lossless 8 narrow"} & race.keys():
             assert race[name]["greedy_texts"] == 4 and sum(race[name]["tokens"]) < 4 * 100
+            assert race[name]["tokens"] == race["ours, k = 1"]["tokens"]
         assert race["ours, lossless 8 narrow"]["tokens_per_pass"] > 3
+    assert 1 < record["races"]["1"]["transformers, prompt lookup"]["tokens_per_pass"] < 8
     # the same questions, whatever the batch
     assert (record["races"]["1"]["ours, k = 1"]["tokens"]
             == record["races"]["2"]["ours, k = 1"]["tokens"])
@@ -97,6 +103,33 @@ def test_rounds(tiny, tmp_path):
     result = cli(bench, "--model", model, "--data", path, "--batch-size", 1, "--limit", 6,
                  "--rounds", 3, "--out", tmp_path / "bench")
     assert result.code == 2 and "lower --limit or --rounds" in result.err
+
+
+def begin_in_turn(pipe, name, strategy, args):
+    """A contender that notes when it is asked; "dies" does so in its second round."""
+    pipe.send("ready")
+    for turn in itertools.count():
+        batches = pipe.recv()
+        if batches == "stop" or name == "dies" and turn:
+            return
+        with open(args.log, "a") as file:
+            file.write(name)
+        pipe.send(([[1]], 1.0, 1, 2 ** 20))
+
+
+def test_another_contender_begins_each_round(tmp_path, monkeypatch):
+    """And one that dies in the middle is an error, first or last, and no hang."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    monkeypatch.setattr(bench, "contender", begin_in_turn)
+    args = argparse.Namespace(warmup=1, log=tmp_path / "log")
+    rounds = [[[[5]]]] * 3
+    came = bench.race(dict.fromkeys("abc"), args, rounds)
+    assert args.log.read_text() == "abc" "bca" "cab" "abc"
+    assert {name: len(own) for name, own in came.items()} == {"a": 3, "b": 3, "c": 3}
+    for names in (("dies", "a"), ("a", "dies")):
+        with pytest.raises(InputError, match="dies failed: its process died"):
+            bench.race(dict.fromkeys(names), args, rounds)
 
 
 def test_ratios_are_of_the_same_round():

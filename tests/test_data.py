@@ -15,7 +15,8 @@ from conftest import ROOT
 
 from common.cli import InputError
 from common.data import (
-    is_same_file, load_data, load_questions, read_jsonl, read_questions, split_rows)
+    default_questions, is_same_file, load_data, load_questions, read_jsonl, read_questions,
+    split_rows)
 from common.wordproblems import (
     BOXES, FAMILIAR, NAMES, PLACES, STRUCTURES, THINGS, UNFAMILIAR, WordProblems, calculate,
     draw_numbers, split_of, word_problem)
@@ -141,6 +142,15 @@ def kind_of(row):
 
     (found,) = [one[0] for one in STRUCTURES if re.fullmatch(pattern(one[0]), row["question"])]
     return found
+
+
+def test_what_a_checkpoint_is_asked(tiny):
+    """Word problems are for what was trained on them, gsm8k for all else."""
+    assert default_questions("tiny", {}) == "wordproblems"
+    for data, asked in (("wordproblems", "wordproblems"), ("rows.jsonl", "gsm8k"),
+                        ("wordproblems-familiar", "wordproblems"), (None, "gsm8k")):
+        trained = {} if data is None else {"data": data}
+        assert default_questions(str(tiny), trained) == asked
 
 
 def test_validation_is_there_to_ask():

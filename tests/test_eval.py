@@ -141,11 +141,11 @@ def test_who_writes_less_than_k1_is_named():
 def test_summary_by_hand():
     """Two questions in one batch: a table of three rows, and what of it people see."""
     def rows(texts, chunks, seconds, correct, losses):
-        return [{"batch": 0, "tokens": text, "chunks": chunk, "finish": finish, "seconds": second,
-                 "prompt_seconds": seconds[1] / 2, "correct": hit, "correct_strict": 0,
+        return [{"id": i, "batch": 0, "tokens": text, "chunks": chunk, "finish": finish,
+                 "seconds": second, "prompt_seconds": seconds[1] / 2, "correct": hit, "correct_strict": 0,
                  "start_loss": loss}
-                for text, chunk, finish, second, hit, loss in zip(
-                    texts, chunks, ("stop", "length"), seconds, correct, losses)]
+                for i, (text, chunk, finish, second, hit, loss) in enumerate(zip(
+                    texts, chunks, ("stop", "length"), seconds, correct, losses))]
 
     plain = rows([[1, 2, 3, 4], [5, 6]], [[1] * 4, [1] * 2], [4.0, 2.0], [1, 0], [2.0, 1.0])
     static = rows([[1, 2, 9, 4], [5, 6]], [[2, 2], [2]], [2.0, 1.0], [1, 1], [4.0, 2.0])
@@ -176,7 +176,7 @@ def test_summary_by_hand():
 def test_speed_up_is_of_the_same_round():
     """k = 1 is slow in the first half, as the machine then is: no strategy gains by it."""
     def row(batch, seconds):
-        return {"batch": batch, "tokens": [1, 2], "chunks": [1, 1], "finish": "stop",
+        return {"id": batch, "batch": batch, "tokens": [1, 2], "chunks": [1, 1], "finish": "stop",
                 "seconds": seconds, "prompt_seconds": 0.0, "correct": 1, "correct_strict": 1,
                 "start_loss": None}
 
@@ -184,13 +184,14 @@ def test_speed_up_is_of_the_same_round():
     plain = [row(2 * n, seconds) for n, seconds in enumerate(slow)]
     half = [row(2 * n, seconds / 2) for n, seconds in enumerate(slow)]
     late = [row(2 * n, 1.0) for n in range(6)]
-    # rows of several processes come in any order
     table = evaluation.summarise({"k = 1": plain, "half": half, "late": late})
     assert table[1]["speed_ups"] == [2] * evaluation.ROUNDS and table[1]["speed_up"] == 2
     assert table[2]["speed_ups"] == [3, 3, 3, 1, 1] and table[2]["speed_up"] == 3
     assert table[2]["seconds"] == 6                         # of all, which is no ratio of medians
-    few = evaluation.summarise({"k = 1": plain[:2], "half": half[1::-1]})
+    few = evaluation.summarise({"k = 1": plain[:2], "half": half[:2]})
     assert few[1]["speed_ups"] == [2, 2]
+    with pytest.raises(AssertionError):                     # other questions beside each other
+        evaluation.summarise({"k = 1": plain[:2], "half": half[1::-1]})
 
 
 def test_a_compact_row():

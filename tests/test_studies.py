@@ -340,6 +340,14 @@ def test_answers(tmp_path, tiny):
     assert path.read_text() == whole
     pieces = read_json(tmp_path / "rows.json")["pieces"]
     assert [own["rows"] for own in pieces] == [5, 3]            # a whole line is kept, of any batch
+    for other in (("--max-new-tokens", 9), ("--prompt-format", "plain")):
+        assert_refused(cli(answers, *flags, "--resume", *other), "rows were made with")
+    path.unlink()                                               # what is not ours is not replaced
+    assert_refused(cli(answers, *flags), "rows.json exists")
+    (tmp_path / "rows.json").write_text("{}")
+    assert_refused(cli(answers, *flags, "--resume"), "rows.json is damaged")
+    (tmp_path / "rows.json").unlink()
+    works(answers, *flags)
     for other in (("--seed", 1), ("--limit", 40)):              # more rows: another order
         assert_refused(cli(answers, *flags, "--resume", *other), "other questions")
     assert path.read_text() == whole
