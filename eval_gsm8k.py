@@ -39,7 +39,7 @@ from common.files import read_json, read_note, write_json, write_text
 from common.hub import default_model, resolve
 from common.machine import machine, pick_device, pick_dtype
 from common.progress import Progress
-from common.records import compact, fingerprint, open_rows, read_rows
+from common.records import compact, fingerprint, json_lines, open_rows, read_rows
 from common.report import speeds
 from common.scoring import (
     QA_FORMATS, QA_STOPS, build_prompt, extract_flexible, extract_strict, gold_of, is_right,
@@ -245,8 +245,9 @@ def report(name, out, names, firsts, settings, device):
     table = summarise({way: [row for first in firsts for row in done[way, first]]
                        for way in names})
     processes = sorted({row.get("processes", 1) for batch in done.values() for row in batch})
+    pieces = next(json_lines(out / "rows.jsonl", {"pieces"}))["pieces"]
     write_json(out / "table.json", {"model": name, "settings": settings, **machine(device),
-                                    "processes": processes, "table": table})
+                                    "pieces": pieces, "processes": processes, "table": table})
     asked = f"{name}, {settings['data']}, {settings['questions']} questions"
     text = (f"{asked} in batches of {settings['batch_size']}; {machine(device)['device']}, "
             f"{settings['dtype']}\n\n{markdown(table)}\n{LEGEND}{length_notes(table)}")

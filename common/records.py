@@ -112,13 +112,13 @@ def open_rows(path, settings, header, resume):
     """The file of rows, with an earlier run's whole batches in it, open to append; for all ranks.
 
     settings   what a resumed run must have in common with the one before, a dict
-    header     what else the first line says, such as command and machine
+    header     command, commit and machine; the first line has those of every piece of the work
 
     Raises InputError if the file exists without --resume, holds other settings, or is being written
     by another program.
     """
     lock = Alone(path.parent) if parallel.rank_and_world()[0] == 0 else None
-    kept = {}
+    kept, pieces = {}, [header]
     if path.exists():
         was = next(json_lines(path, settings.keys()), {})
         for key, value in settings.items():
@@ -129,11 +129,12 @@ def open_rows(path, settings, header, resume):
                 raise InputError(f"{path} exists, made with {had}: choose another --out")
         if not resume:
             raise InputError(f"{path} exists: add --resume to go on, or choose another --out")
-        kept = read_rows(path)
+        kept, pieces = read_rows(path), [*was.get("pieces", []), header]
     # Every rank writes the new file: where the disk refuses, all stop, and none waits for others
     temporary = path.with_suffix(f".tmp{parallel.rank_and_world()[0]}")
     with open(temporary, "w", encoding="utf-8") as file:
-        for row in [settings | header, *(row for batch in kept.values() for row in batch)]:
+        rows = (row for batch in kept.values() for row in batch)
+        for row in [settings | {"pieces": pieces}, *rows]:
             file.write(json.dumps(row) + "\n")
     parallel.wait()                                 # until all have looked whether there is one
     temporary.replace(path)

@@ -142,8 +142,8 @@ def test_summary_by_hand():
     """Two questions in one batch: a table of three rows, and what of it people see."""
     def rows(texts, chunks, seconds, correct, losses):
         return [{"id": i, "batch": 0, "tokens": text, "chunks": chunk, "finish": finish,
-                 "seconds": second, "prompt_seconds": seconds[1] / 2, "correct": hit, "correct_strict": 0,
-                 "start_loss": loss}
+                 "seconds": second, "prompt_seconds": seconds[1] / 2, "correct": hit,
+                 "correct_strict": 0, "start_loss": loss}
                 for i, (text, chunk, finish, second, hit, loss) in enumerate(zip(
                     texts, chunks, ("stop", "length"), seconds, correct, losses))]
 
@@ -448,7 +448,8 @@ def test_two_processes(tiny, trained, tmp_path, monkeypatch):
         lines, rows = rows_of(out)
         header = json.loads(lines[0])
         assert {key: header[key] for key in table["settings"]} == table["settings"]
-        assert header["commit"] == table["commit"] and header["command"]
+        assert header["pieces"] == table["pieces"]
+        assert [piece["commit"] for piece in table["pieces"]] == [table["commit"]] * len(processes)
         assert table["processes"] == processes
         by_key = {(row["strategy"], row["id"]): row for row in rows}
         assert len(rows) == len(by_key) == 5 * 7                        # none is there twice
