@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from common.plots import apart, pareto_plot
 
-RUNS = ["tiny-k8", "tiny-k3", "tiny-heads4", "smollm2-gsm8k-k4/eval"]
+RUNS = ["tiny-k8", "tiny-k3", "tiny-heads4", "smollm2-masks/eval"]
 
 
 @pytest.fixture(params=RUNS)
