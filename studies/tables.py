@@ -185,10 +185,8 @@ def rows_settings(run):
 
 def against_start(run):
     """(points, 95% interval): the trained checkpoint's k = 1 against the start, by question."""
-    plain, start = rows_of(run, "k = 1"), rows_of(run, "start, k = 1")
-    assert [row["id"] for row in plain] == [row["id"] for row in start]
-    return points(eval_gsm8k.paired_interval([row["correct"] for row in plain],
-                                             [row["correct"] for row in start]))
+    difference, interval = strategies(run)["start, k = 1"]["difference"]    # the start's, that is
+    return points((-difference, interval))
 
 
 def start_texts(run, *names):
